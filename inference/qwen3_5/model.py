@@ -1,0 +1,288 @@
+"""Qwen3.5, dense and MoE: the forward pass of the text model, from token ids to logits.
+
+Every layer is x + mixer(norm(x)), then x + mlp(norm(x)); three mixers of four are gated delta nets, the fourth full
+attention. B is the batch, T the tokens of this call, H the hidden size. Activations keep the compute type of the
+model (float32 on the CPU); norms, router, conv and delta rule are computed in float32.
+
+Follows `transformers` models qwen3_5 and qwen3_5_moe.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..backend import fused, mx
+from ..cache import Cache, DeltaCache, KVCache
+from ..gated_delta import gated_delta
+from ..linear import Linear
+from .names import Config
+
+PREFIX = "language_model.model."
+SCORE_BYTES = 256 << 20  # largest block of attention scores, where the backend has no fused kernel
+SORT_ROWS = 64  # routed rows from which sorting them by expert pays; mlx-lm's figure
+L2_EPS = 1e-6  # of the norm of q and k, added to the sum of squares
+
+
+class Weights(Protocol):
+    """Tensors of one checkpoint by MLX name, each read once."""
+
+    def linear(self, module: str) -> Linear: ...
+    def array(self, name: str) -> mx.array: ...
+
+
+class TextModel:
+    """The whole text model; `layers[i]` and `embed`, `finish`, `logits` can also be used one by one."""
+
+    def __init__(self, cfg: Config, weights: Weights) -> None:
+        self.cfg = cfg
+        self.embed_tokens = weights.linear(PREFIX + "embed_tokens")
+        self.layers = [Layer(cfg, i, weights) for i in range(cfg.num_hidden_layers)]
+        self.norm = weights.array(PREFIX + "norm.weight")
+        self.lm_head = lm_head(cfg, weights) if not cfg.tie_word_embeddings else self.embed_tokens
+
+    def hidden(self, tokens: mx.array, cache: Cache) -> mx.array:
+        """tokens [B, T], which follow those in the cache → states after the last norm [B, T, H]."""
+        x = self.embed_tokens.rows(tokens)
+        for layer, entry in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, entry)
+        cache.length += tokens.shape[1]
+        return rms_norm(x, self.norm, self.cfg.rms_norm_eps)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """[B, T, H] → [B, T, V]"""
+        return self.lm_head(hidden)
+
+
+def hidden_streamed(cfg: Config, weights: Weights, batches: list[mx.array]) -> list[mx.array]:
+    """`TextModel.hidden` of each batch [B, T] with one layer in memory at a time, all batches passing through it.
+
+    Peak: the largest layer (or the embedding) and the states of all batches.
+    """
+    embed = weights.linear(PREFIX + "embed_tokens")
+    states = [embed.rows(tokens) for tokens in batches]
+    mx.eval(states)
+    del embed
+    entries = make_cache(cfg).layers
+    for i in range(cfg.num_hidden_layers):
+        layer = Layer(cfg, i, weights)
+        for j, x in enumerate(states):
+            states[j] = layer(x, type(entries[i])())
+            mx.eval(states[j])
+        del layer
+        mx.clear_cache()
+    norm = weights.array(PREFIX + "norm.weight")
+    return [rms_norm(x, norm, cfg.rms_norm_eps) for x in states]
+
+
+def lm_head(cfg: Config, weights: Weights) -> Linear:
+    return weights.linear(PREFIX + "embed_tokens" if cfg.tie_word_embeddings else "language_model.lm_head")
+
+
+def make_cache(cfg: Config) -> Cache:
+    return Cache([KVCache() if kind == "full_attention" else DeltaCache() for kind in cfg.layer_types])
+
+
+class Layer:
+    def __init__(self, cfg: Config, index: int, weights: Weights) -> None:
+        prefix = f"{PREFIX}layers.{index}."
+        self.eps = cfg.rms_norm_eps
+        self.input_layernorm = weights.array(prefix + "input_layernorm.weight")
+        self.post_attention_layernorm = weights.array(prefix + "post_attention_layernorm.weight")
+        if cfg.layer_types[index] == "full_attention":
+            self.mixer: Attention | DeltaNet = Attention(cfg, prefix + "self_attn.", weights)
+        else:
+            self.mixer = DeltaNet(cfg, prefix + "linear_attn.", weights)
+        self.mlp: MLP | MoE = MoE(cfg, prefix + "mlp.", weights) if cfg.num_experts else MLP(prefix + "mlp.", weights)
+
+    def __call__(self, x: mx.array, cache: KVCache | DeltaCache) -> mx.array:
+        """[B, T, H] → [B, T, H]"""
+        x = x + self.mixer(rms_norm(x, self.input_layernorm, self.eps), cache)  # type: ignore[arg-type]
+        return x + self.mlp(rms_norm(x, self.post_attention_layernorm, self.eps))
+
+
+class Attention:
+    """Grouped-query attention, its output gated per head; RoPE on the first quarter of each head."""
+
+    def __init__(self, cfg: Config, prefix: str, weights: Weights) -> None:
+        self.cfg = cfg
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            weights.linear(f"{prefix}{p}_proj") for p in ("q", "k", "v", "o")
+        )
+        self.q_norm, self.k_norm = (weights.array(f"{prefix}{p}_norm.weight") for p in ("q", "k"))
+
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        """[B, T, H] → [B, T, H]"""
+        cfg, (b, t, _) = self.cfg, x.shape
+        start = cache.length
+        q, gate = mx.split(self.q_proj(x).reshape(b, t, cfg.num_attention_heads, -1), 2, axis=-1)
+        k = self.k_proj(x).reshape(b, t, cfg.num_key_value_heads, -1)
+        v = self.v_proj(x).reshape(b, t, cfg.num_key_value_heads, -1).swapaxes(1, 2)
+        q = self._rope(rms_norm(q, self.q_norm, cfg.rms_norm_eps).swapaxes(1, 2), start)
+        k = self._rope(rms_norm(k, self.k_norm, cfg.rms_norm_eps).swapaxes(1, 2), start)
+        k, v = cache.append(k, v)
+        y = attend(q, k, v, cfg.head_dim**-0.5).swapaxes(1, 2)  # [B, T, Hq, D]
+        return self.o_proj(_gate(y, gate).reshape(b, t, -1))
+
+    def _rope(self, x: mx.array, start: int) -> mx.array:
+        return mx.fast.rope(
+            x, self.cfg.rotary_dim, traditional=False, base=self.cfg.rope_theta, scale=1.0, offset=start
+        )
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """Causal attention of the last T of S tokens, in blocks of queries whose scores fit SCORE_BYTES.
+
+    q: [B, Hq, T, D]; k, v: [B, Hkv, S, D]. Returns [B, Hq, T, D]. Softmax is in float32.
+    """
+    b, heads, t, _ = q.shape
+    s = k.shape[2]
+    block = max(1, SCORE_BYTES // (4 * b * heads * s))
+    out = []
+    for i in range(0, t, block):
+        end = min(t, i + block)
+        upto = s - t + end
+        mask = "causal" if end - i > 1 else None
+        out.append(mx.fast.scaled_dot_product_attention(
+            q[:, :, i:end], k[:, :, :upto], v[:, :, :upto], scale=scale, mask=mask
+        ))  # fmt: skip
+    return out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
+
+
+class DeltaNet:
+    """Gated delta net: a causal conv over q‖k‖v, then the gated delta rule, then a gated norm."""
+
+    def __init__(self, cfg: Config, prefix: str, weights: Weights) -> None:
+        self.cfg = cfg
+        self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b, self.out_proj = (
+            weights.linear(prefix + p) for p in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
+        )
+        conv = weights.array(prefix + "conv1d.weight")  # [C, K, 1]
+        self.conv = conv[..., 0].T.astype(mx.float32)  # [K, C]
+        self.decay_rate = -mx.exp(weights.array(prefix + "A_log").astype(mx.float32))
+        self.dt_bias = weights.array(prefix + "dt_bias").astype(mx.float32)
+        self.norm = weights.array(prefix + "norm.weight").astype(mx.float32)
+
+    def __call__(self, x: mx.array, cache: DeltaCache) -> mx.array:
+        """[B, T, H] → [B, T, H]"""
+        cfg, (b, t, _) = self.cfg, x.shape
+        dk, dv = cfg.linear_key_head_dim, cfg.linear_value_head_dim
+        hk, hv = cfg.linear_num_key_heads, cfg.linear_num_value_heads
+        z = self.in_proj_z(x).reshape(b, t, hv, dv)
+        g, beta = _gates(self.in_proj_a(x), self.in_proj_b(x), self.decay_rate, self.dt_bias)
+        qkv = self._conv(self.in_proj_qkv(x), cache)
+        q, k, v = mx.split(qkv, [hk * dk, 2 * hk * dk], axis=-1)
+        q, k = l2_norm(q.reshape(b, t, hk, dk)) * dk**-0.5, l2_norm(k.reshape(b, t, hk, dk))
+        if cache.state is None:
+            cache.state = mx.zeros((b, hv, dv, dk), mx.float32)
+        y, cache.state = gated_delta(q, k, v.reshape(b, t, hv, dv), g, beta, cache.state)
+        y = _gated_norm(mx.fast.rms_norm(y, self.norm, cfg.rms_norm_eps), z)
+        return self.out_proj(y.astype(x.dtype).reshape(b, t, -1))
+
+    def _conv(self, x: mx.array, cache: DeltaCache) -> mx.array:
+        """Depthwise causal conv and silu; [B, T, C] → [B, T, C] in float32.
+
+        As a sum of shifted products: on the CPU seven times as fast as `mx.conv1d`, and float32 on every backend.
+        """
+        width, t = self.conv.shape[0], x.shape[1]
+        before = mx.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype) if cache.conv is None else cache.conv
+        x = mx.concatenate([before, x], axis=1)
+        cache.conv = mx.contiguous(x[:, -(width - 1) :])  # a view would keep all of x alive
+        if t == 1:
+            return _silu((x * self.conv).sum(axis=1, keepdims=True))
+        y = x[:, :t] * self.conv[0]
+        for i in range(1, width):
+            y = y + x[:, i : i + t] * self.conv[i]
+        return _silu(y)
+
+
+class MLP:
+    def __init__(self, prefix: str, weights: Weights) -> None:
+        self.gate_proj, self.up_proj, self.down_proj = (
+            weights.linear(prefix + p) for p in ("gate_proj", "up_proj", "down_proj")
+        )
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, T, H] → [B, T, H]"""
+        return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class MoE:
+    """num_experts_per_tok of num_experts per token, and one shared expert for all, weighted by its own gate."""
+
+    def __init__(self, cfg: Config, prefix: str, weights: Weights) -> None:
+        self.k = cfg.num_experts_per_tok
+        self.gate = weights.linear(prefix + "gate")
+        self.gate_proj, self.up_proj, self.down_proj = (
+            weights.linear(f"{prefix}switch_mlp.{p}_proj") for p in ("gate", "up", "down")
+        )
+        self.shared_expert = MLP(prefix + "shared_expert.", weights)
+        self.shared_expert_gate = weights.linear(prefix + "shared_expert_gate")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, T, H] → [B, T, H]"""
+        b, t, h = x.shape
+        flat = x.reshape(b * t, h)
+        experts, scores = self.route(flat)
+        y = (self._experts(flat, experts) * scores[..., None].astype(x.dtype)).sum(axis=1)
+        shared = self.shared_expert(flat) * mx.sigmoid(self.shared_expert_gate(flat))
+        return (y + shared).reshape(b, t, h)
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x: [N, H] → chosen experts [N, k] and their weights [N, k], which sum to 1; softmax over all, in float32."""
+        p = mx.softmax(self.gate(x).astype(mx.float32), axis=-1, precise=True)
+        experts = mx.argpartition(p, kth=-self.k, axis=-1)[:, -self.k :]
+        scores = mx.take_along_axis(p, experts, axis=-1)
+        return experts, scores / scores.sum(axis=-1, keepdims=True)
+
+    def _experts(self, x: mx.array, experts: mx.array) -> mx.array:
+        """x: [N, H], experts: [N, k] → [N, k, H]"""
+        n, k = experts.shape
+        if n * k < SORT_ROWS:
+            return self._apply(x[:, None, None], experts, False)[:, :, 0]
+        flat = experts.reshape(-1)
+        order = mx.argsort(flat)  # rows of one expert next to each other, so that its weights are read once
+        y = self._apply(x[order // k][:, None], flat[order], True)[:, 0]
+        return y[mx.argsort(order)].reshape(n, k, -1)
+
+    def _apply(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
+        y = _swiglu(self.gate_proj.gather(x, experts, is_sorted), self.up_proj.gather(x, experts, is_sorted))
+        return self.down_proj.gather(y, experts, is_sorted)
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """In float32 whatever the weight's type (an original checkpoint's 1 + w is float32); the result has x's type."""
+    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
+
+
+def l2_norm(x: mx.array) -> mx.array:
+    """x / sqrt(Σ x² + L2_EPS) over the last axis, in float32."""
+    x = x.astype(mx.float32)
+    return x * mx.rsqrt((x * x).sum(axis=-1, keepdims=True) + L2_EPS)
+
+
+@fused
+def _gates(a: mx.array, b: mx.array, decay_rate: mx.array, dt_bias: mx.array) -> tuple[mx.array, mx.array]:
+    """Log decay g = −exp(A_log) softplus(a + dt_bias) and rate beta = sigmoid(b); [B, T, Hv] each, float32."""
+    softplus = mx.logaddexp(a.astype(mx.float32) + dt_bias, 0)
+    return decay_rate * softplus, mx.sigmoid(b.astype(mx.float32))
+
+
+@fused
+def _gated_norm(y: mx.array, z: mx.array) -> mx.array:
+    z = z.astype(mx.float32)
+    return y * (z * mx.sigmoid(z))
+
+
+@fused
+def _gate(y: mx.array, gate: mx.array) -> mx.array:
+    return y * mx.sigmoid(gate)
+
+
+@fused
+def _silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
+
+
+@fused
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up

@@ -1,0 +1,218 @@
+"""Text ↔ token ids, the chat template, and text that streams.
+
+`tokenizer.json` is read by the `tokenizers` library; nothing else defines the vocabulary. Chat templates are programs
+from strangers: they run in Jinja's immutable sandbox, with the same extensions and functions that `transformers`
+gives them. Everything that can be wrong with these files is one CheckpointError.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import tokenizers
+
+from .checkpoint import read_json
+from .errors import CheckpointError
+
+MAX_TEMPLATE_BYTES = 1_000_000  # published templates are below 50 kB
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # variables of a template
+# What a template can raise while it runs: Jinja's errors and whatever its expressions do to our values.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
+)  # fmt: skip
+
+
+@dataclass
+class Tokenizer:
+    """A model's tokenizer. `stop_ids` end a generation; `template` is the chat template's source, if any."""
+
+    folder: Path
+    stop_ids: frozenset[int]
+    template: str | None
+    special: dict[str, str]  # bos_token, eos_token, …: text, where defined
+    _tokenizer: tokenizers.Tokenizer
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Tokenizer:
+        """Raises CheckpointError if a file is missing or malformed."""
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # noqa: BLE001 - the library raises Exception itself
+            raise CheckpointError(f"{path.name}: not a tokenizer ({str(e)[:120]})") from None
+        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        special = {key: text for key in SPECIAL_TOKENS if (text := _token_text(config, key)) is not None}
+        stop = _stop_ids(folder, tokenizer, special.get("eos_token"))
+        return cls(folder, stop, _template(folder, config), special, tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that have a text; the model's vocabulary can be larger (padded)."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt for messages ({"role", "content"}, …); variables (tools, enable_thinking, …) go to the template.
+
+        Raises CheckpointError if there is no template or it fails.
+        """
+        if self.template is None:
+            raise CheckpointError(f"{self.folder.name}: has no chat template")
+        given = {"tools": None, "documents": None, **self.special, **variables}
+        try:
+            template = _environment().from_string(self.template)
+            return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
+        except TEMPLATE_ERRORS as e:
+            first_line = (str(e).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"{self.folder.name}: chat template: {type(e).__name__}: {first_line[:200]}"
+            ) from None
+
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables))
+
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(self)
+
+
+class Detokenizer:
+    """Ids one by one → text as soon as it is certain.
+
+    Text that ends inside a UTF-8 character is held back until the character is whole. Only the ids since the last two
+    such points are decoded again, so the cost of a token does not grow. The texts joined, `flush` last, are the text
+    of all ids at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # since the last but one point
+        self._settled = 0  # of these, how many are in text already given out
+
+    def add(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._new_text()
+        if not text or text.endswith("�"):
+            return ""
+        del self._ids[: self._settled]  # what stays gives the decoder the context that it needs (leading spaces)
+        self._settled = len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """What was held back, with � for a character that never became whole."""
+        text = self._new_text()
+        self._ids, self._settled = [], 0
+        return text
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._settled])
+        return self._tokenizer.decode(self._ids)[len(before) :]
+
+
+def _token_text(config: dict[str, Any], key: str) -> str | None:
+    value = config.get(key)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"tokenizer_config.json: {key}: found {value!r}, expected a string")
+    return value
+
+
+def _stop_ids(folder: Path, tokenizer: tokenizers.Tokenizer, eos_token: str | None) -> frozenset[int]:
+    """eos_token_id of generation_config.json, and the tokenizer's own eos_token."""
+    ids: set[int] = set()
+    path = folder / "generation_config.json"
+    if path.is_file():
+        value = read_json(path).get("eos_token_id")
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(v) is int and v >= 0 for v in values):
+            raise CheckpointError(f"generation_config.json: eos_token_id: found {value!r}, expected ids")
+        ids.update(values)
+    if eos_token is not None:
+        token = tokenizer.token_to_id(eos_token)
+        if token is None:
+            raise CheckpointError(f"tokenizer_config.json: eos_token {eos_token!r} is not in tokenizer.json")
+        ids.add(token)
+    return frozenset(ids)
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, else `chat_template` of tokenizer_config.json (of several, the one named default)."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        if path.stat().st_size > MAX_TEMPLATE_BYTES:
+            raise CheckpointError(f"{path.name}: larger than {MAX_TEMPLATE_BYTES} bytes")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{path.name}: not UTF-8") from None
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {x.get("name"): x.get("template") for x in value if isinstance(x, dict)}
+        value = named.get("default")
+        if value is None:
+            raise CheckpointError("tokenizer_config.json: chat_template: none of the templates is named default")
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError("tokenizer_config.json: chat_template: expected a string")
+    return value
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}, which marks the assistant's part for training; here just its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's interface
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """As `transformers.utils.chat_template_utils` sets it up."""
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return env
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Iterable[str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Without Jinja's own escaping of HTML characters."""
+    pair = None if separators is None else tuple(separators)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)  # type: ignore[arg-type]
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

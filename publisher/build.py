@@ -1,0 +1,255 @@
+"""quantize → smoke → bench → card, for whatever is not current. Every step leaves its own file and can be resumed."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inference.errors import GateRefused, InputError
+from quant.folder import finish
+
+from . import __version__
+from .base import ResolvedBase, fetch_imatrix, fingerprint, remember_source_hash
+from .card import gather, render
+from .plan import build_inputs, quant_table, select_targets
+from .report import Report
+from .schema import BaseInput, BuildInputs, BuildRecord, FileEntry, ImatrixInput, Manifest, Smoke, TensorEntry
+from .store import digest, read_result, write_model, write_text
+from .survey import Rung, Survey, card_templates, failure, read_manifest, survey
+from .variants import Project
+
+if TYPE_CHECKING:
+    from quant.convert import Converted
+
+    from .hub import Hub
+
+STEPS = ("smoke", "bench", "card")  # what --skip can leave out
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build did to one variant. failed: its smoke test said no."""
+
+    id: str
+    rebuilt: bool
+    smoked: bool
+    benched: bool
+    card: bool  # its card changed on disk
+    failed: str | None
+
+
+def build(
+    project: Project,
+    ids: Sequence[str],
+    hub: Callable[[], Hub],
+    report: Report,
+    force: bool = False,
+    skip: Collection[str] = (),
+) -> list[Outcome]:
+    """Bring variants up to date; cards of all built siblings follow, since they list each other.
+
+    Raises what the steps raise; a failed smoke test is not an exception but an Outcome.
+    """
+    seen = survey(project, hub, cards=False)
+    if force or any(_needs_base(seen.rungs[id], skip) for id in ids):
+        seen = survey(project, hub, weights=True, cards=False)
+    stale = [id for id in ids if force or seen.rungs[id].state.weights]
+    for id in stale:
+        report.line(f"{id}: weights: {'; '.join(seen.rungs[id].state.weights) or 'forced'}")
+    if stale:
+        quantize(project, seen, stale, hub, report)
+        seen = survey(project, hub, weights=True, cards=False)
+    smoked, benched = measure_stale(project, seen, ids, report, force, skip)
+    changed = render_cards(project, seen.base) if "card" not in skip else set()
+    for id in sorted(changed, key=list(seen.rungs).index):
+        report.line(f"{id}: card written")
+    outcomes = [
+        Outcome(id, id in stale, id in smoked, id in benched, id in changed, _failed(project, id))
+        for id in seen.rungs
+        if id in ids or id in changed
+    ]
+    if not (stale or smoked or benched or changed):
+        report.line("nothing to do: all is current")
+    return outcomes
+
+
+def _needs_base(rung: Rung, skip: Collection[str]) -> bool:
+    """Whether a step of this variant reads the base's weights."""
+    state = rung.state
+    return bool(state.weights or ("smoke" not in skip and state.smoke) or ("bench" not in skip and state.bench))
+
+
+def _failed(project: Project, id: str) -> str | None:
+    """What the smoke test on record says against the weights that are in place."""
+    manifest = read_manifest(project, id)
+    return failure(read_result(project.store.results(manifest.weights_hash) / "smoke.json", Smoke)) if manifest else None
+
+
+def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[], Hub], report: Report) -> None:
+    """Convert variants in one pass over the source and move each into place with its manifest."""
+    from quant.convert import Job, convert  # noqa: PLC0415 - MLX only when there is something to quantize
+
+    started = time.perf_counter()
+    jobs, inputs = [], {}
+    for id in ids:
+        job, inputs[id] = _job(project, seen, seen.rungs[id], hub)
+        jobs.append(Job(**job))
+    report.line(f"quantizing {', '.join(ids)} in one pass over {seen.base.name}")
+    with report.bar("quantize") as tick:
+        converted = convert(jobs, lambda p: tick(p.bytes_done, p.bytes_total))
+    wall = time.perf_counter() - started
+    for job, done in zip(jobs, converted, strict=True):
+        remember_source_hash(project, seen.base, select_targets(project, done.variant, seen.base.targets), done.source_hash)
+        manifest = _manifest(project, seen.rungs[done.variant], inputs[done.variant], done)
+        write_model(done.folder / "manifest.json", manifest)
+        finish(job.staging, project.store.variant(done.variant))
+        _record(project, manifest, ids, done, wall)
+        report.line(
+            f"{done.variant}: {manifest.nbytes / 1e9:.3f} GB, {8 * manifest.text_nbytes / manifest.text_params:.2f} bits a "
+            f"weight, weights {manifest.weights_hash[:12]}"
+        )
+
+
+def _job(project: Project, seen: Survey, rung: Rung, hub: Callable[[], Hub]) -> tuple[dict[str, Any], BuildInputs]:
+    """Arguments of a `quant.convert.Job`, and the inputs for the manifest (source hash still open)."""
+    from quant.awq import folds  # noqa: PLC0415
+    from quant.imatrix import read_imatrix  # noqa: PLC0415
+    from quant.version import QUANT_VERSION, SOLVER  # noqa: PLC0415
+
+    imatrix, scales = None, {}
+    source = project.imatrix(rung.id)
+    if source and any(p.awq for p in rung.plan.plans):
+        path, imatrix = fetch_imatrix(project, source, hub)
+        statistics = read_imatrix(path, seen.base.checkpoint.config)
+        table = quant_table(seen.base.checkpoint.config)
+        scales = folds(rung.plan.plans, statistics, project.recipe(rung.id).awq_exponent, table.AWQ_GROUPS)
+    inputs = _inputs(project, seen.base, rung, imatrix, SOLVER, QUANT_VERSION)
+    key = digest({"inputs": inputs.model_dump(mode="json"), "files": fingerprint(seen.base.checkpoint)})
+    job = {
+        "variant": rung.id,
+        "plans": rung.plan.plans,
+        "staging": project.store.staging(rung.id, key),
+        "base": seen.base.folder,
+        "config": seen.base.checkpoint.config,
+        "folds": scales,
+        "mtp": project.mtp(rung.id),
+        "solver": SOLVER,
+        "inputs": {"key": key},
+    }
+    return job, inputs
+
+
+def _inputs(
+    project: Project, base: ResolvedBase, rung: Rung, imatrix: ImatrixInput | None, solver: str, version: int
+) -> BuildInputs:
+    open_base = BaseInput(name=base.name, commit=base.commit, source_hash="")
+    return build_inputs(project, rung.plan, open_base, imatrix, solver, version)
+
+
+def _manifest(project: Project, rung: Rung, inputs: BuildInputs, done: Converted) -> Manifest:
+    plan = rung.plan
+    base = inputs.base.model_copy(update={"source_hash": done.source_hash})
+    return Manifest(
+        tool=f"mlx-publish {__version__}",
+        id=rung.id,
+        inputs=inputs.model_copy(update={"base": base}),
+        weights_hash=done.weights_hash,
+        params=plan.params,
+        text_params=plan.text_params,
+        nbytes=plan.nbytes,
+        text_nbytes=plan.text_nbytes,
+        files=[FileEntry(path=p, size=s, sha256=h) for p, s, h in done.files],
+        tensors=[TensorEntry(name=n, dtype=d, shape=list(s), sha256=h) for n, d, s, h in done.tensors],
+    )
+
+
+def _record(project: Project, manifest: Manifest, ids: Sequence[str], done: Converted, wall: float) -> None:
+    from .bench import device  # noqa: PLC0415
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    record = BuildRecord(
+        weights_hash=manifest.weights_hash,
+        built_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        wall_s=round(wall, 3),
+        variants=list(ids),
+        bytes_read=done.bytes_read,
+        bytes_written=done.bytes_written,
+        peak_gb=round(peak / 1e9, 3),
+        device=device(),
+    )
+    write_model(project.store.results(manifest.weights_hash) / "build.json", record)
+
+
+def measure_stale(
+    project: Project, seen: Survey, ids: Sequence[str], report: Report, force: bool, skip: Collection[str]
+) -> tuple[set[str], set[str]]:
+    """Smoke and bench what needs it; returns the variants that were smoked and benched."""
+    wanted = {}
+    for id in ids:
+        rung = seen.rungs[id]
+        if rung.manifest is None:
+            continue
+        smoke = "smoke" not in skip and (force or bool(rung.state.smoke))
+        bench = "bench" not in skip and (force or bool(rung.state.bench))
+        if rung.state.failed and not smoke:
+            bench = False  # these bytes failed already; `publish smoke` asks them again
+        if smoke or bench:
+            wanted[id] = (rung.manifest, smoke, bench)
+    if not wanted:
+        return set(), set()
+    from .measure import Wanted, measure_all  # noqa: PLC0415 - MLX only when there is something to measure
+
+    done = measure_all(project, seen.base, {id: Wanted(*w) for id, w in wanted.items()}, report)
+    return {id for id, m in done.items() if m.smoke}, {id for id, m in done.items() if m.bench}
+
+
+def remeasure(project: Project, ids: Sequence[str], step: str, hub: Callable[[], Hub], report: Report) -> list[Outcome]:
+    """Run one step again on built variants, whatever is on record, and bring the cards after it."""
+    seen = survey(project, hub, weights=True, cards=False)
+    for id in ids:
+        require_built(project, id)
+    from .measure import Wanted, measure_all  # noqa: PLC0415
+
+    wanted = {id: Wanted(m, step == "smoke", step == "bench") for id in ids if (m := seen.rungs[id].manifest)}
+    done = measure_all(project, seen.base, wanted, report)
+    changed = render_cards(project, seen.base)
+    return [
+        Outcome(id, False, bool(m.smoke), bool(m.bench), id in changed, failure(m.smoke)) for id, m in done.items()
+    ]
+
+
+def require_built(project: Project, id: str) -> Manifest:
+    manifest = read_manifest(project, id)
+    if manifest is None:
+        raise GateRefused(f"{id}: not built; run: publish build {id}")
+    return manifest
+
+
+def card_texts(project: Project, base: Path, ids: Sequence[str] | None = None) -> dict[str, str]:
+    """The card of every built variant, as it would be rendered now."""
+    facts, templates = gather(project, base), card_templates(project)
+    built = [id for id in ids or project.ladder.variants if read_manifest(project, id)]
+    return {id: render(facts, id, templates) for id in built}
+
+
+def render_cards(project: Project, base: ResolvedBase, ids: Sequence[str] | None = None) -> set[str]:
+    """Write the cards that differ from what is on disk; returns whose."""
+    changed = set()
+    for id, text in card_texts(project, base.folder, ids).items():
+        path = project.store.variant(id) / "README.md"
+        try:
+            same = path.read_text(encoding="utf-8") == text
+        except FileNotFoundError:
+            same = False
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{id}/README.md: cannot be read ({e}); delete it to render it again") from None
+        if not same:
+            write_text(path, text)
+            changed.add(id)
+    return changed

@@ -1,0 +1,187 @@
+"""Model cards: `gather` reads the facts, `render` makes README text of them, `check_card` finds what must not be in it.
+
+Rendering is pure: equal facts and templates give equal bytes (no clock, no disk but the templates). Templates run in
+Jinja's sandbox; an undefined name, a missing value or a non-finite number is an error with file and line.
+
+A folder of the user's own holds a `card.md.j2` that extends `builtin/card.md.j2` and overrides blocks. It sees `card`
+(`card_view.View`), `facts` (`card_facts.Facts`) and the filters of `card_format.FILTERS`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import traceback
+from collections.abc import Iterable
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from inference.errors import InputError
+
+from .card_facts import HEADER, Facts, gather
+from .card_format import FILTERS, not_measured
+from .card_view import row_label, view
+
+__all__ = ["Facts", "check_card", "gather", "render", "snippets"]
+
+ENTRY = "card.md.j2"
+BUILTIN = "builtin/"
+# what an expression of a template can raise; anything else is a bug of ours
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+SNIPPET = re.compile(r"^<!-- snippet: ([\w-]+) -->\n(`{3,})(\w+)\n(.*?)^\2$", re.M | re.S)
+
+
+def render(facts: Facts, id: str, templates: Path | None = None) -> str:
+    """The card of one variant. templates: the user's folder. Raises InputError, also for any fault of a template."""
+    card = view(facts, id)
+    env = ImmutableSandboxedEnvironment(
+        loader=jinja2.FunctionLoader(lambda name: _load(name, templates)),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # Markdown; the filters `cell`, `code` and `yaml` escape
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_finalize,
+    )
+    env.filters.update(FILTERS)
+    env.filters["row_label"] = row_label
+    env.globals["not_measured"] = not_measured
+    try:
+        text = env.get_template(ENTRY).render(card=card, facts=facts)
+    except TEMPLATE_ERRORS as e:
+        raise InputError(_explain(e)) from None
+    return _tidy(text)
+
+
+def _load(name: str, templates: Path | None) -> tuple[str, str, None] | None:
+    """Source and name of a template: the user's first, `builtin/…` always ours. None if there is none."""
+    own = name.removeprefix(BUILTIN)
+    if ".." in own.split("/") or own.startswith("/") or "\\" in own:
+        return None
+    if templates is not None and not name.startswith(BUILTIN):
+        path = templates / own
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8"), own, None
+            except UnicodeDecodeError as e:
+                raise InputError(f"{templates.name}/{own}: not UTF-8 at byte {e.start}") from None
+        if name == ENTRY:
+            raise InputError(
+                f"{templates.name}: no {ENTRY} in this folder; start it with {{% extends 'builtin/{ENTRY}' %}}"
+            )
+    source = _builtin().joinpath(own)
+    return (source.read_text(encoding="utf-8"), BUILTIN + own, None) if source.is_file() else None
+
+
+def _builtin() -> Traversable:
+    """The built-in templates: of the installed package, or of the checkout."""
+    try:
+        return files("publisher.templates")
+    except ModuleNotFoundError:
+        return Path(__file__).parent.parent / "templates"
+
+
+def _finalize(value: Any) -> Any:
+    """What an expression prints. No `None`, no `nan`."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        raise jinja2.TemplateRuntimeError(f"the value printed here is missing ({value})")
+    return value
+
+
+def _explain(error: Exception) -> str:
+    """One line: template, line, what."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"{error.name or error.filename or ENTRY}:{error.lineno}: {_message(error)}"
+    at = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(".j2")]
+    where = f"{at[-1].filename}:{at[-1].lineno}" if at else ENTRY
+    if isinstance(error, jinja2.TemplateNotFound):
+        return f"{where}: template {error.name!r} is neither in the templates folder nor built in"
+    return f"{where}: {_message(error)}"
+
+
+def _message(error: Exception) -> str:
+    text = " ".join(str(getattr(error, "message", None) or error).split())[:300] or "failed"
+    return text if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {text}"
+
+
+def _tidy(text: str) -> str:
+    """One blank line at most between blocks, no trailing spaces; fenced code stays as it is."""
+    out: list[str] = []
+    fence = ""
+    for line in text.splitlines():
+        mark = re.match(r"`{3,}", line)
+        if mark:
+            fence = "" if fence and line.strip() == fence else fence or mark[0]
+        if not fence:
+            line = line.rstrip()
+            if not line and (not out or not out[-1]):
+                continue
+        out.append(line)
+    return "\n".join(out).strip("\n") + "\n"
+
+
+def snippets(card: str) -> dict[str, str]:
+    """The runnable code of a card by name: fenced blocks that follow `<!-- snippet: NAME -->`."""
+    return {m[1]: m[4] for m in SNIPPET.finditer(card)}
+
+
+# ---------------------------------------------------------------------------------------------- checking
+
+FORBIDDEN: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("placeholder", re.compile(r"\b(?:TBD|TODO|FIXME)\b|(?<![\w/])N/A(?![\w/])|\bundefined\b|\{\{|\{%")),
+    # where a figure would stand; "None of these" and "holds a NaN" are English
+    ("placeholder", re.compile(r"(?<![\w.\-])(?:None(?! of\b)|(?<!\ba )(?:NaN|nan|NAN))(?![\w\-])")),
+    ("path of a machine", re.compile(r"(?<![\w.:/~\-])/(?:home|work|tmp|Users|root|private|mnt|Volumes)/\S*")),
+    ("path of a machine", re.compile(r"\b[A-Z]:\\\S*|\bfile://\S*")),
+    ("access token", re.compile(r"\bhf_[A-Za-z0-9]{16,}")),
+)  # fmt: skip
+
+
+def check_card(text: str) -> list[str]:
+    """What a card must not hold, as `line N: …`: placeholders, paths, tokens, a header that does not parse."""
+    return [*_check_header(text), *_check_lines(text)]
+
+
+def _check_header(text: str) -> Iterable[str]:
+    found = HEADER.match(text)
+    if not found:
+        yield "line 1: no front matter between --- lines"
+        return
+    try:
+        value = yaml.safe_load(found[2])
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        yield f"line {mark.line + 2 if mark else 1}: front matter is not YAML"
+        return
+    if not isinstance(value, dict) or not value.get("license"):
+        yield "line 1: front matter names no license"
+
+
+def _check_lines(text: str) -> Iterable[str]:
+    fence, opened = "", 0
+    for number, line in enumerate(text.splitlines(), 1):
+        mark = re.match(r"`{3,}", line)
+        if mark:
+            fence, opened = ("", 0) if fence and line.strip() == fence else (fence or mark[0], opened or number)
+        for what, pattern in FORBIDDEN:
+            for m in pattern.finditer(line):
+                shown = m[0][:6] + "…" if what == "access token" else m[0]
+                yield f"line {number}: {what} {shown!r}"
+        if not fence and "}}" in line:  # closing braces of nested JSON are fine in code
+            yield f"line {number}: placeholder '}}}}'"
+    if fence:
+        yield f"line {opened}: code block is not closed"

@@ -1,0 +1,378 @@
+"""What cards are made of, gathered from disk once for the whole ladder: `gather` → `Facts`.
+
+A figure enters only with its proof: a result counts if it lies in, and names, the hash of the weights that are in the
+variant's folder now. What is missing is kept as the reason why, so that a card can say it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from inference.checkpoint import read_checkpoint
+from inference.errors import CheckpointError, InputError
+from inference.families import family_of
+from quant.builtin import BUILTIN
+
+from .card_bits import BitRow, Packed, bit_rows, check_manifest, read_packed
+from .plan import rule_inputs
+from .schema import Bench, BuildInputs, BuildRecord, CardSpec, FileEntry, Manifest, Smoke
+from .store import read_model, read_result
+from .variants import Project
+
+HEADER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$))")  # the Hub's own pattern
+LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+\-]{0,63}")
+LANGUAGE = re.compile(r"[A-Za-z][A-Za-z\-]{1,19}")
+GGUF_LABEL = re.compile(r"I?Q[1-8]_(K(_(S|M|L|XL))?|[01]|XXS|XS|NL|S|M)|MXFP4(_MOE)?")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
+FAMILY_TAGS = {"qwen3_5": ("hybrid-attention", "gated-delta-net")}
+QWEN_FAMILIES = ("qwen3_5",)
+
+
+@dataclass(frozen=True)
+class License:
+    """id as the Hub knows it; inherited: from the base's own card, else given in variants.yaml."""
+
+    id: str
+    name: str | None
+    link: str | None
+    inherited: bool
+
+
+@dataclass(frozen=True)
+class Original:
+    """The base's files, where they were at hand. size: of the files; nbytes: of the tensors in them."""
+
+    size: int
+    nbytes: int
+    params: int
+    shards: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Base:
+    name: str
+    repo: str | None
+    license: License | None
+    language: tuple[str, ...]
+    original: Original | None
+
+    @property
+    def short(self) -> str:
+        return self.name.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the packed files of a built variant hold."""
+
+    manifest: Manifest
+    rows: tuple[BitRow, ...]
+    weights: tuple[FileEntry, ...]  # the safetensors files
+    license_file: str | None
+    model_type: str
+    family: str
+    nbytes: int
+    params: int
+    text_nbytes: int
+    text_params: int
+    vision: bool
+    mtp: bool
+    sampling: dict[str, float] = field(default_factory=dict)
+    thinking: bool = False  # its chat template knows enable_thinking
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weight files, headers included."""
+        return sum(f.size for f in self.weights)
+
+    @property
+    def bpw(self) -> float:
+        return 8 * self.nbytes / self.params
+
+    @property
+    def text_bpw(self) -> float:
+        return 8 * self.text_nbytes / self.text_params
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One rung. contents None: `missing` says why. smoke, bench None: `no_smoke`, `no_bench` say why."""
+
+    id: str
+    repo: str
+    bits: int
+    gguf: str | None  # label of the GGUF file of the same name
+    contents: Contents | None
+    missing: str
+    error: str | None
+    build: BuildRecord | None
+    smoke: Smoke | None
+    no_smoke: str
+    bench: Bench | None
+    no_bench: str
+    strategy: str  # the built-in recipe it goes back to, or its own name
+    origin: str
+    origin_known: bool  # the recipe in variants.yaml is still the one that was built
+    fragment: str  # variants.yaml that gives these weights again
+
+    @property
+    def owned(self) -> bool:
+        """The repo has an owner, so that it has an address on the Hub."""
+        return "/" in self.repo
+
+    @property
+    def name(self) -> str:
+        return self.repo.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that the cards of a ladder say."""
+
+    base: Base
+    quantized_by: str | None
+    card: CardSpec
+    variants: tuple[Variant, ...]
+
+    def variant(self, id: str) -> Variant:
+        return next(v for v in self.variants if v.id == id)
+
+
+def gather(project: Project, base_folder: Path | None) -> Facts:
+    """Read what there is. base_folder: the original (a folder or a snapshot), or None if it is not at hand.
+
+    Without it the base's licence, language and size are unknown; the licence then comes from `card.license`. A variant
+    that cannot be read is kept with its error, so that its siblings' cards can still be made. Raises InputError for a
+    `card.license` that contradicts the base's own card.
+    """
+    ladder = project.ladder
+    return Facts(
+        base=_base(project, base_folder),
+        quantized_by=ladder.quantized_by or ladder.owner,
+        card=ladder.card,
+        variants=tuple(_variant(project, id) for id in ladder.variants),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the base
+
+
+def _base(project: Project, folder: Path | None) -> Base:
+    front = front_matter(folder / "README.md") if folder else {}
+    own, given = _license(front, project.ladder.base.repo), project.ladder.card.license
+    if given is not None and not LICENSE_ID.fullmatch(given):
+        raise InputError(f"{project.path.name}: card.license: found {given!r}, expected an id such as apache-2.0")
+    if own and given and own.id != given:
+        raise InputError(f"{project.path.name}: card.license: found {given!r}, but the base's own card says {own.id!r}")
+    language = front.get("language", [])
+    language = [language] if isinstance(language, str) else language if isinstance(language, list) else []
+    return Base(
+        name=project.base_name,
+        repo=project.ladder.base.repo,
+        license=own or (License(given, None, None, False) if given else None),
+        language=tuple(x for x in language if isinstance(x, str) and LANGUAGE.fullmatch(x)),
+        original=_original(folder) if folder else None,
+    )
+
+
+def front_matter(path: Path) -> dict[str, Any]:
+    """The YAML header of a card, every scalar as text (`language: no` is Norwegian); empty if there is none."""
+    try:
+        found = HEADER.match(path.read_text(encoding="utf-8-sig"))
+        value = yaml.load(found[2], Loader=yaml.BaseLoader) if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _license(front: dict[str, Any], repo: str | None) -> License | None:
+    """license, license_name and license_link; nothing else of the base's card is taken over but its languages."""
+    id, name, link = (front.get(k) for k in ("license", "license_name", "license_link"))
+    if isinstance(id, list) and len(id) == 1:
+        id = id[0]
+    if not isinstance(id, str) or not LICENSE_ID.fullmatch(id):
+        return None
+    name = " ".join(name.split()) if isinstance(name, str) and name.strip() else None
+    if not isinstance(link, str) or not re.fullmatch(r"https://\S+|LICENSE(\.\w+)?", link):
+        link = None
+    if link and not link.startswith("https://") and repo:
+        link = f"https://huggingface.co/{repo}/blob/main/{link}"
+    return License(id, name, link, True)
+
+
+def _original(folder: Path) -> Original | None:
+    try:
+        tensors = read_checkpoint(folder).tensors.values()
+    except CheckpointError:
+        return None
+    files = {t.file for t in tensors}
+    return Original(
+        size=sum(f.stat().st_size for f in files),
+        nbytes=sum(t.nbytes for t in tensors),
+        params=sum(math.prod(t.shape) for t in tensors),
+        shards=len(files),
+        dtypes=tuple(sorted({t.dtype for t in tensors})),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the variants
+
+
+def _variant(project: Project, id: str) -> Variant:
+    spec, recipe = project.variant(id), project.recipe(id)
+    contents, missing, error = None, "not built", None
+    try:
+        contents = _contents(project, id)
+    except InputError as e:
+        missing, error = "its folder cannot be read", str(e)
+    store = project.store
+    build = smoke = bench = None
+    no_smoke = no_bench = missing
+    if contents:
+        weights_hash = contents.manifest.weights_hash
+        folder = store.results(weights_hash)
+        build, _ = _result(folder / "build.json", BuildRecord, weights_hash)
+        smoke, no_smoke = _result(folder / "smoke.json", Smoke, weights_hash)
+        bench, no_bench = _result(folder / "bench.json", Bench, weights_hash)
+    inputs = contents.manifest.inputs if contents else None
+    known = inputs is None or (inputs.recipe == recipe.name and inputs.rules == rule_inputs(recipe, spec.bits))
+    repo = project.repo(id)
+    gguf = id if GGUF_LABEL.fullmatch(id) else None
+    return Variant(
+        id=id,
+        repo=repo,
+        bits=inputs.bits if inputs else spec.bits,
+        gguf=f"UD-{gguf}" if gguf and f"UD-{id}" in repo else gguf,
+        contents=contents,
+        missing=missing,
+        error=error,
+        build=build,
+        smoke=smoke,
+        no_smoke=no_smoke,
+        bench=bench,
+        no_bench=no_bench,
+        strategy=_strategy(project, inputs.recipe if inputs else recipe.name),
+        origin=recipe.origin,
+        origin_known=known,
+        fragment=_fragment(project, id, inputs) if inputs else "",
+    )
+
+
+def _contents(project: Project, id: str) -> Contents | None:
+    folder = project.store.variant(id)
+    manifest = read_model(project.store.manifest(id), Manifest)
+    if manifest is None:
+        return None
+    config, packed = read_packed(folder)
+    check_manifest(folder, manifest, packed)
+    rows = bit_rows(config, packed, manifest, project.recipe(id), project.variant(id).bits, project.group_size(id))
+    text = [p for p in packed if p.target.part == "text"]
+    names = [f.path for f in manifest.files]
+    return Contents(
+        manifest=manifest,
+        rows=tuple(rows),
+        weights=tuple(sorted((f for f in manifest.files if f.path.endswith(".safetensors")), key=lambda f: f.path)),
+        license_file=next((n for n in sorted(names) if n.upper().startswith("LICENSE")), None),
+        model_type=str(config["model_type"]),
+        family=family_of(config),
+        nbytes=_total(packed),
+        params=sum(p.target.params for p in packed),
+        text_nbytes=_total(text),
+        text_params=sum(p.target.params for p in text),
+        vision=any(p.target.part == "vision" for p in packed),
+        mtp=any(p.target.part == "mtp" for p in packed),
+        sampling=_sampling(folder / "generation_config.json"),
+        thinking=any("enable_thinking" in _text(folder / n) for n in ("chat_template.jinja", "tokenizer_config.json")),
+    )
+
+
+def _total(packed: list[Packed]) -> int:
+    return sum(p.nbytes for p in packed)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _sampling(path: Path) -> dict[str, float]:
+    """Sampling parameters that the base recommends; empty where it names none or decodes greedily."""
+    try:
+        value = json.loads(_text(path))
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(value, dict) or not value.get("do_sample"):
+        return {}
+    found = {k: value[k] for k in SAMPLING if k in value}
+    return {k: v for k, v in found.items() if type(v) in (int, float) and math.isfinite(v)}
+
+
+def _result(path: Path, kind: Any, weights_hash: str) -> tuple[Any, str]:
+    """(the result, "") or (None, why there is none)."""
+    found = read_result(path, kind)
+    if found is None:
+        return None, f"{path.name} cannot be read" if path.is_file() else f"{path.stem} was not run"
+    if found.weights_hash != weights_hash:
+        return None, "measured on other bytes"
+    return found, ""
+
+
+def _strategy(project: Project, name: str) -> str:
+    """The built-in recipe that a recipe extends, directly or not; else the recipe's own name."""
+    seen: set[str] = set()
+    while name not in seen and (own := project.ladder.recipes.get(name)) and own.extends:
+        seen.add(name)
+        name = own.extends
+    return name
+
+
+def _fragment(project: Project, id: str, inputs: BuildInputs) -> str:
+    """variants.yaml that builds these weights again: rules as applied, base and imatrix pinned, no local path."""
+    ladder = project.ladder
+    base: dict[str, Any] = {"path": f"./{inputs.base.name}"}
+    if ladder.base.repo == inputs.base.name:
+        base = {"repo": inputs.base.name} | ({"revision": inputs.base.commit} if inputs.base.commit else {})
+    out: dict[str, Any] = {"base": base}
+    if inputs.imatrix:
+        source, name = project.imatrix(id), Path(inputs.imatrix.name).name
+        locked = [f for f in project.lock().imatrix if f.sha256 == inputs.imatrix.sha256]
+        if locked:
+            out["imatrix"] = {"repo": locked[0].repo, "file": locked[0].file, "revision": locked[0].commit}
+        elif source and source.repo:
+            out["imatrix"] = {"repo": source.repo, "file": source.file, "revision": source.revision}
+        else:
+            out["imatrix"] = {"path": f"./{name}"}
+    rules = []
+    for r in inputs.rules:
+        rule: dict[str, Any] = {"match": r.match, "bits": r.bits}
+        if r.group_size is not None:
+            rule["group_size"] = r.group_size
+        if r.mode != "affine":
+            rule["mode"] = r.mode
+        if r.awq:
+            rule["awq"] = True
+        if r.layers is not None:
+            rule["layers"] = [int(i) for i in r.layers.split(",") if i] if r.layers[:1].isdigit() else r.layers
+        rules.append(rule | {"optional": True})
+    recipe: dict[str, Any] = {"rules": rules}
+    if inputs.awq_exponent is not None:
+        recipe["awq_exponent"] = inputs.awq_exponent
+    name = f"{inputs.recipe}-as-built" if inputs.recipe in BUILTIN else inputs.recipe
+    out |= {
+        "group_size": inputs.group_size,
+        "mtp": inputs.mtp,
+        "vision": inputs.vision,
+        "recipes": {name: recipe},
+        "variants": {id: {"bits": inputs.bits, "recipe": name}},
+    }
+    return yaml.safe_dump(out, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=None)

@@ -1,0 +1,376 @@
+"""The command line: options → one call → show. Only this file and `show.py` speak to people; only here is an exit code set.
+
+Imports of what is heavy (MLX, the hub client, jinja2) stand inside the commands, so that `--help` and `plan` stay quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from inference.errors import AuthError, CheckFailed, GateRefused, InputError, PublishError, RemoteChanged, ResourceError
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .hub import Hub
+    from .report import Report
+    from .variants import Project
+
+# ruff: noqa: PLC0415 - this is the one file that imports late, see above
+
+EXIT_CODES: dict[type[PublishError], int] = {
+    PublishError: 1,
+    CheckFailed: 1,
+    InputError: 2,
+    ResourceError: 2,
+    GateRefused: 3,
+    RemoteChanged: 4,
+    AuthError: 5,
+}
+INTERRUPTED = 130
+
+
+def exit_code(error: PublishError) -> int:
+    """Code of the nearest class that the table names."""
+    return next(EXIT_CODES[c] for c in type(error).__mro__ if c in EXIT_CODES)
+
+
+class Commands(click.Group):
+    """Turns the project's errors into one line and an exit code; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PublishError as e:
+            line = click.ClickException(str(e))
+            line.exit_code = exit_code(e)
+            raise line from e
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command goes on where this one stopped", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # the reader of our output is gone (`publish plan | head`): no traceback, and none at interpreter exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+class Options:
+    """What every command is given: the file, how to talk, and the project and hub once they are asked for."""
+
+    def __init__(self, file: Path, as_json: bool, quiet: bool) -> None:
+        self.file, self.as_json, self.quiet = file, as_json, quiet
+
+    @functools.cached_property
+    def project(self) -> Project:
+        from .variants import load_project
+
+        return load_project(self.file)
+
+    @functools.cached_property
+    def report(self) -> Report:
+        from .report import Report
+
+        return Report(self.quiet)
+
+    def hub(self) -> Hub:
+        from .hub import Hub
+
+        return Hub()
+
+    def show(self, value: Any, text: Callable[[], str]) -> None:
+        """The result: JSON on stdout with --json, else text on stdout."""
+        if self.as_json:
+            click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+        else:
+            click.echo(text().rstrip("\n"))
+
+
+def common(f: Callable[..., Any]) -> Callable[..., Any]:
+    """--file, --json and --quiet, given to the command as one `Options`."""
+
+    @click.option(
+        "--file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        default=Path("variants.yaml"),
+        show_default=True,
+        help="The ladder.",
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+    @functools.wraps(f)
+    def wrapped(file: Path, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
+        return f(Options(file, as_json, quiet), **kwargs)
+
+    return wrapped
+
+
+def _complete_ids(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Variant ids for shell completion; nothing if the file cannot be read."""
+    from .variants import load_project
+
+    try:
+        return [i for i in load_project(ctx.params.get("file") or Path("variants.yaml")).ladder.variants if i.startswith(incomplete)]
+    except PublishError:
+        return []
+
+
+some_ids = click.argument("ids", nargs=-1, metavar="[IDS]...", shell_complete=_complete_ids)
+must_ids = click.argument("ids", nargs=-1, required=True, metavar="IDS...", shell_complete=_complete_ids)
+all_flag = click.option("--all", "all_variants", is_flag=True, help="Every variant of the ladder.")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="publish")
+def main() -> None:
+    """Build, check, document and publish a ladder of quantized MLX models.
+
+    \b
+    publish init BASE          write a variants.yaml
+    publish build --all        quantize, smoke-test, benchmark, render cards
+    publish push --all         one atomic commit a repo
+    """
+
+
+@main.command()
+@some_ids
+@common
+def plan(options: Options, ids: tuple[str, ...]) -> None:
+    """Formats, bytes, bits per weight, memory and disk of every variant, before a weight is read."""
+    from . import show
+    from .survey import survey
+
+    project = options.project
+    chosen = project.select(ids)
+    seen = survey(project, options.hub, cards=False, ids=chosen)
+    options.show(show.plan_json(seen), lambda: show.plan_text(seen))
+
+
+@main.command()
+@some_ids
+@all_flag
+@click.option("--force", is_flag=True, help="Do every step again, current or not.")
+@click.option("--skip", multiple=True, type=click.Choice(["smoke", "bench", "card"]), help="Leave a step out.")
+@common
+def build(options: Options, ids: tuple[str, ...], all_variants: bool, force: bool, skip: tuple[str, ...]) -> None:
+    """Quantize, smoke-test, benchmark and document what is not current. A killed build resumes."""
+    from . import show
+    from .build import build as run
+
+    project = options.project
+    chosen = project.select(ids, all_variants)
+    outcomes = run(project, chosen, options.hub, options.report, force, skip)
+    options.show(show.outcomes_json(outcomes), lambda: show.outcomes_text(project, outcomes))
+    failed = [o for o in outcomes if o.failed]
+    if failed:
+        raise CheckFailed("; ".join(f"{o.id}: smoke test failed: {o.failed}" for o in failed))
+
+
+@main.command()
+@must_ids
+@common
+def smoke(options: Options, ids: tuple[str, ...]) -> None:
+    """Run the smoke test again on built variants."""
+    _again(options, ids, "smoke")
+
+
+@main.command()
+@must_ids
+@common
+def bench(options: Options, ids: tuple[str, ...]) -> None:
+    """Run the benchmark again on built variants, with the BF16 row in the same run."""
+    _again(options, ids, "bench")
+
+
+def _again(options: Options, ids: tuple[str, ...], step: str) -> None:
+    from . import show
+    from .build import remeasure
+
+    project = options.project
+    outcomes = remeasure(project, project.select(ids), step, options.hub, options.report)
+    options.show(show.results_json(project, [o.id for o in outcomes]), lambda: show.results_text(project, [o.id for o in outcomes], step))
+    failed = [o for o in outcomes if o.failed]
+    if failed and step == "smoke":
+        raise CheckFailed("; ".join(f"{o.id}: smoke test failed: {o.failed}" for o in failed))
+
+
+@main.command()
+@some_ids
+@all_flag
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 and show the difference if a card is not current.")
+@common
+def card(options: Options, ids: tuple[str, ...], all_variants: bool, check: bool) -> None:
+    """Render model cards again from recorded results. Weights are not touched."""
+    from . import show
+    from .base import resolve_base
+    from .build import card_texts, render_cards, require_built
+
+    project = options.project
+    chosen = project.select(ids, all_variants or check)
+    for id in ids:
+        require_built(project, id)
+    base = resolve_base(project, options.hub, weights=False)
+    if not check:
+        changed = render_cards(project, base, chosen)
+        options.show({"changed": [i for i in chosen if i in changed]}, lambda: show.cards_text(project, chosen, changed))
+        return
+    texts = card_texts(project, base.folder, chosen)
+    stale = show.card_diffs(project, texts)
+    options.show({"stale": stale}, lambda: "\n".join(stale.values()) if stale else f"{len(texts)} cards are current")
+    if stale:
+        raise CheckFailed(f"cards not current: {', '.join(stale)}; run: publish card --all")
+
+
+@main.command()
+@some_ids
+@click.option("--remote", is_flag=True, help="Compare with the hub too.")
+@common
+def status(options: Options, ids: tuple[str, ...], remote: bool) -> None:
+    """A row a variant: built, stale and why, pushed, drifted."""
+    from . import show
+    from .survey import survey
+
+    project = options.project
+    seen = survey(project, options.hub, ids=project.select(ids))
+    remotes = {}
+    if remote:
+        from .push import remote_state
+
+        hub = options.hub()
+        remotes = {id: remote_state(hub, project, id) for id in seen.rungs}
+    options.show(show.status_json(seen, remotes), lambda: show.status_text(seen, remotes))
+
+
+@main.command()
+@some_ids
+@click.option("--remote", is_flag=True, help="Prove by hash that the hub holds exactly the manifest.")
+@common
+def verify(options: Options, ids: tuple[str, ...], remote: bool) -> None:
+    """Files against the manifest; packed weights against config and index."""
+    from . import show
+    from .build import require_built
+    from .survey import read_manifest
+    from .verify import verify_folder
+
+    project = options.project
+    chosen = project.select(ids)
+    if not ids:
+        chosen = [i for i in chosen if read_manifest(project, i)]
+    if not chosen:
+        raise GateRefused("nothing is built; run: publish build --all")
+    if remote:
+        from .push import verify_remote
+
+        hub = options.hub()
+        checks = {id: verify_remote(hub, project, id) for id in chosen}
+    else:
+        checks = {id: verify_folder(project.store.variant(id), require_built(project, id)) for id in chosen}
+    options.show(show.checks_json(checks), lambda: show.checks_text(checks))
+    failed = [f"{id}: {c.name}: {c.detail}" for id, found in checks.items() for c in found if c.passed is False]
+    if failed:
+        raise CheckFailed("; ".join(failed))
+
+
+@main.command()
+@some_ids
+@all_flag
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to main.")
+@click.option("--private", is_flag=True, help="Create new repos as private.")
+@click.option("--overwrite", is_flag=True, help="Replace files that people changed on the hub.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@common
+def push(
+    options: Options, ids: tuple[str, ...], all_variants: bool, dry_run: bool, create_pr: bool, private: bool, overwrite: bool, yes: bool
+) -> None:
+    """Show what would change on the hub, ask, then make one atomic commit a repo."""
+    from . import show
+    from .release import prepare, release
+
+    project = options.project
+    chosen = project.select(ids, all_variants)
+    hub = options.hub()
+    plans = prepare(project, chosen, hub, create_pr=create_pr, private=private, overwrite=overwrite)
+    if dry_run or not options.as_json:
+        options.show(show.push_json(plans), lambda: show.push_text(plans, hub.endpoint))
+    if dry_run:
+        return
+    if any(not p.up_to_date for p in plans) and not yes:
+        if not sys.stdin.isatty():
+            raise InputError("not a terminal, so nobody can be asked: give --yes to push")
+        if not click.confirm("Push?", err=True):
+            raise click.exceptions.Exit(1)
+    receipts, failed = release(project, hub, plans, options.report)
+    options.show(show.receipts_json(receipts), lambda: show.receipts_text(receipts, hub.endpoint))
+    if failed:
+        for id, error in list(failed.items())[:-1]:
+            click.echo(f"Error: {id}: {error}", err=True)
+        id, error = list(failed.items())[-1]
+        raise type(error)(f"{id}: {error}") from error
+
+
+@main.command()
+@click.argument("id", metavar="ID", shell_complete=_complete_ids)
+@click.option("--prompt", help="One question; print the answer and leave.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), help="Default: the model's generation_config.json.")
+@click.option("--top-k", type=click.IntRange(0))
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True))
+@click.option("--min-p", type=click.FloatRange(0, 1))
+@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True))
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--think/--no-think", default=None, help="What the chat template makes of enable_thinking.")
+@common
+def chat(options: Options, id: str, prompt: str | None, think: bool | None, **given: Any) -> None:
+    """Talk to a built variant (ID), or to any folder that holds one, in the terminal."""
+    from .talk import find_folder, talk
+
+    talk(find_folder(options.file, id), prompt, think, given, click.echo, options.report)
+
+
+@main.command()
+@click.argument("base")
+@click.option("--revision", default="main", show_default=True, help="Branch, tag or commit of a Hub base.")
+@click.option("--owner", help="Hub user or organization for the repos.")
+@click.option("--imatrix", help="Importance matrix: a local file, or OWNER/REPO/FILE on the Hub.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@common
+def init(options: Options, base: str, revision: str, owner: str | None, imatrix: str | None, force: bool) -> None:
+    """Write a commented variants.yaml for BASE, a Hub id or a local folder."""
+    from .starter import starter
+    from .store import write_text
+
+    if options.file.exists() and not force:
+        raise InputError(f"{options.file}: exists already; give --force to replace it")
+    text = starter(base, options.file.absolute().parent, revision, owner, imatrix)
+    write_text(options.file, text)
+    options.show({"written": str(options.file)}, lambda: f"{options.file} written; next: publish plan, then publish build --all")
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of variants.yaml, for editors."""
+    from .starter import json_schema
+
+    click.echo(json_schema(), nl=False)
+
+
+@main.command()
+@click.option("--dir", "folder", type=click.Path(path_type=Path, file_okay=False), default=Path("hub"), show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
+@click.option("--user", default="demo", show_default=True, help="Name that may write, and owns its namespace.")
+def hub(folder: Path, port: int, user: str) -> None:
+    """Run the built-in hub on loopback, to rehearse a release. It is not the Hugging Face Hub.
+
+    Writing takes the token of the environment variable PUBLISH_HUB_TOKEN, `rehearsal` if it is not set.
+    """
+    from .rehearsal import serve
+
+    serve(folder, port, user)

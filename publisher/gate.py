@@ -1,0 +1,95 @@
+"""What must be true before a variant may leave the machine. Each refusal is one line that names the one thing to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from inference.errors import InputError
+
+from .schema import Manifest, Smoke
+from .store import read_model
+from .variants import Project
+from .verify import verify_folder
+
+MAX_REPO_ID = 96  # the Hub's limit
+CARD_BYTES = 2 << 20
+
+
+def gate(project: Project, id: str, *, expected_card: str | None = None) -> list[str]:
+    """Reasons not to publish a variant; none: it may go. Raises nothing about what it finds.
+
+    expected_card: the card as it would be rendered now, if the caller has it.
+    """
+    refusals = _names(project, id)
+    folder = project.store.variant(id)
+    if not folder.is_dir():
+        return [*refusals, f"{id}: not built; run `publish build {id}`"]
+    try:
+        manifest = read_model(project.store.manifest(id), Manifest)
+    except InputError as e:
+        return [*refusals, str(e)]
+    if manifest is None:
+        return [*refusals, f"{id}: manifest.json is missing; run `publish build {id}`"]
+    if manifest.id != id:
+        refusals.append(f"{id}: manifest.json is of {manifest.id}; run `publish build {id}`")
+    for check in verify_folder(folder, manifest):
+        if not check.passed:
+            step = (
+                f"remove it, or run `publish build {id}`"
+                if check.name == "no other files"
+                else f"run `publish build {id}`"
+            )
+            refusals.append(f"{id}: {check.name}: {check.detail}; {step}")
+    refusals += _smoke(project, id, manifest)
+    refusals += _card(folder, id, expected_card)
+    return refusals
+
+
+def _names(project: Project, id: str) -> list[str]:
+    repo = project.repo(id)
+    if "/" not in repo:
+        return [f"{id}: owner is not set in {project.path.name}; set it to the Hub user or organization"]
+    name = repo.split("/")[1]
+    if len(repo) > MAX_REPO_ID:
+        return [f"{id}: repo id {repo} has {len(repo)} characters, the Hub takes {MAX_REPO_ID}; shorten `repo:`"]
+    if not re.fullmatch(r"\w(?:[\w.\-]*\w)?", name, re.ASCII) or ".." in name or "--" in name or name.endswith(".git"):
+        return [f"{id}: {repo} is no name the Hub takes; change `repo:`"]
+    return []
+
+
+def _smoke(project: Project, id: str, manifest: Manifest) -> list[str]:
+    path = project.store.results(manifest.weights_hash) / "smoke.json"
+    try:
+        smoke = read_model(path, Smoke)
+    except InputError as e:
+        return [str(e)]
+    if smoke is None or smoke.weights_hash != manifest.weights_hash:
+        return [f"{id}: no smoke test of these weights ({manifest.weights_hash[:12]}); run `publish smoke {id}`"]
+    if not smoke.passed:
+        failed = next((c for c in smoke.checks if c.passed is False), None)
+        why = f": {failed.name}: {failed.detail}" if failed else ""
+        return [f"{id}: the smoke test failed{why}; change the recipe and run `publish build {id}`"]
+    return []
+
+
+def _card(folder: Path, id: str, expected: str | None) -> list[str]:
+    from .card import check_card  # noqa: PLC0415 - Jinja, needed here only
+
+    path = folder / "README.md"
+    try:
+        if path.stat().st_size > CARD_BYTES:
+            return [f"{id}: README.md is larger than {CARD_BYTES} bytes; run `publish card {id}`"]
+        text = path.read_bytes().decode()
+    except FileNotFoundError:
+        return [f"{id}: README.md is missing; run `publish card {id}`"]
+    except UnicodeDecodeError:
+        return [f"{id}: README.md is not UTF-8; run `publish card {id}`"]
+    refusals = []
+    if expected is not None and text != expected:
+        refusals.append(f"{id}: README.md is not what it would be now; run `publish card {id}`")
+    refusals += [f"{id}: README.md: {fault}" for fault in check_card(text)]
+    named = re.search(r"\A---\n(?:(?!---\n).*\n)*?license: *\S", text)
+    if not named and not any(p.name.upper().startswith("LICENSE") for p in folder.iterdir()):
+        refusals.append(f"{id}: no licence in the folder or the card; set `card.license` and run `publish card {id}`")
+    return refusals

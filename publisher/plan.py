@@ -1,0 +1,176 @@
+"""What a ladder comes to before a weight is read: formats, bytes, bits per weight, memory, disk. Pure, and without MLX."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from inference.checkpoint import Checkpoint, QuantSpec
+from inference.families import family_of, names_of
+from inference.layout import Target
+from quant.recipe import Recipe, TensorPlan, applied_layers, resolve, rule_bits
+
+from .schema import BaseInput, BuildInputs, ImatrixInput, RuleInput
+from .store import digest
+from .variants import Project
+
+CONTEXT = 8192  # tokens of context for which a plan states the memory
+OTHER_FILES = 30_000_000  # tokenizer, licence, card: an allowance, not a measurement
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """Tensors of one class and one format in one variant."""
+
+    cls: str
+    format: str
+    awq: bool
+    group_size: int | None
+    tensors: int
+    params: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class VariantPlan:
+    """One variant before it is built. nbytes counts all stored tensors, text_* only those of the language model."""
+
+    id: str
+    repo: str
+    recipe: str
+    bits: int
+    plans: tuple[TensorPlan, ...]
+    rows: tuple[ClassRow, ...]
+    nbytes: int
+    params: int
+    text_nbytes: int
+    text_params: int
+    run_nbytes: int  # text weights and caches at CONTEXT tokens: what running it takes, workspace aside
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight of everything stored."""
+        return 8 * self.nbytes / self.params
+
+    @property
+    def text_bpw(self) -> float:
+        """Bits per weight of the language model: what a label such as Q4 speaks of."""
+        return 8 * self.text_nbytes / self.text_params
+
+
+def quant_table(config: dict[str, Any]) -> ModuleType:
+    """The family's table in `quant/`: CLASSES, AWQ_GROUPS, IMATRIX_NAMES."""
+    return importlib.import_module(f"quant.{family_of(config)}")
+
+
+def plan_variant(project: Project, id: str, checkpoint: Checkpoint, targets: Sequence[Target]) -> VariantPlan:
+    """Raises InputError where the recipe does not fit the model."""
+    spec, recipe = project.variant(id), project.recipe(id)
+    table = quant_table(checkpoint.config)
+    kept = select_targets(project, id, targets)
+    plans = resolve(
+        recipe, spec.bits, project.group_size(id), kept, table.CLASSES, scalable(table), project.imatrix(id) is not None
+    )
+    text = [p for p in plans if p.target.part == "text"]
+    names = names_of(checkpoint.config)
+    caches = names.cache_nbytes(names.read_config(checkpoint.config), CONTEXT)
+    text_nbytes = sum(p.nbytes for p in text)
+    return VariantPlan(
+        id=id,
+        repo=project.repo(id),
+        recipe=recipe.name,
+        bits=spec.bits,
+        plans=tuple(plans),
+        rows=tuple(class_rows(plans, [c.label for c in table.CLASSES])),
+        nbytes=sum(p.nbytes for p in plans),
+        params=sum(p.target.params for p in plans),
+        text_nbytes=text_nbytes,
+        text_params=sum(p.target.params for p in text),
+        run_nbytes=text_nbytes + caches,
+    )
+
+
+def select_targets(project: Project, id: str, targets: Sequence[Target]) -> list[Target]:
+    """The tensors that a variant stores: MTP and vision by its choice."""
+    drop = {part for part, choice in (("mtp", project.mtp(id)), ("vision", project.vision(id))) if choice == "drop"}
+    return [t for t in targets if t.part not in drop]
+
+
+def scalable(table: ModuleType) -> tuple[str, ...]:
+    """Globs of the modules whose input channels AWQ can scale in this family."""
+    return tuple(f"*.{member}" for group in table.AWQ_GROUPS for member in group.members)
+
+
+def class_rows(plans: Sequence[TensorPlan], order: Sequence[str] = ()) -> list[ClassRow]:
+    """Plans grouped by class and format, in the order of `order` (labels), what it does not name last."""
+    groups: dict[tuple[str, QuantSpec | str, bool], list[TensorPlan]] = {}
+    for p in plans:
+        groups.setdefault((p.cls, p.spec or p.target.dtype.lower(), p.awq), []).append(p)
+    rows = [
+        ClassRow(
+            cls,
+            form if isinstance(form, str) else form.label(),
+            awq,
+            None if isinstance(form, str) else form.group_size,
+            len(members),
+            sum(p.target.params for p in members),
+            sum(p.nbytes for p in members),
+        )
+        for (cls, form, awq), members in groups.items()
+    ]
+    rank = {label: i for i, label in enumerate(order)}
+    return sorted(rows, key=lambda r: rank.get(r.cls, len(rank)))
+
+
+def build_inputs(
+    project: Project, plan: VariantPlan, base: BaseInput, imatrix: ImatrixInput | None, solver: str, version: int
+) -> BuildInputs:
+    """All that the weights of a variant depend on. An imatrix that scales no tensor is no input."""
+    recipe = project.recipe(plan.id)
+    scaled = any(p.awq for p in plan.plans)
+    return BuildInputs(
+        base=base,
+        recipe=recipe.name,
+        bits=plan.bits,
+        group_size=project.group_size(plan.id),
+        rules=rule_inputs(recipe, plan.bits),
+        assignment=assignment(plan.plans),
+        awq_exponent=recipe.awq_exponent if scaled else None,
+        imatrix=imatrix if scaled else None,
+        mtp=project.mtp(plan.id),
+        vision=project.vision(plan.id),
+        solver=solver,
+        quant_version=version,
+    )
+
+
+def rule_inputs(recipe: Recipe, base_bits: int) -> list[RuleInput]:
+    return [
+        RuleInput(
+            match=r.match,
+            layers=applied_layers(r),
+            bits=rule_bits(r, base_bits) or "bf16",
+            group_size=r.group_size,
+            mode=r.mode,
+            awq=r.awq,
+        )
+        for r in recipe.rules
+    ]
+
+
+def assignment(plans: Sequence[TensorPlan]) -> str:
+    """Hash of what each tensor becomes: the part of a recipe that the bytes depend on."""
+    return digest(
+        sorted(
+            [p.target.name, [p.spec.bits, p.spec.group_size, p.spec.mode] if p.spec else None, p.awq, p.target.dtype]
+            for p in plans
+        )
+    )
+
+
+def disk_needed(plans: Sequence[VariantPlan]) -> int:
+    """Bytes that building these variants writes before anything old is removed."""
+    return sum(p.nbytes + OTHER_FILES for p in plans)

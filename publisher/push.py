@@ -1,0 +1,612 @@
+"""One push is one commit: compare folder, receipt and repo; send what is missing; commit; prove it; tag; list.
+
+    plan_push   reads both sides and decides, changing nothing: that is the dry run
+    execute     upload → re-hash → one commit on top of the head that was planned with → compare by hash → tag → receipt
+
+The folder's files are frozen while this runs: hashed before, looked at again before the commit. Whatever goes wrong
+around the commit, the repo is read again, and what it holds decides: ours (the answer was lost), the old head (try
+again), or something else (RemoteChanged). A card alone is a commit of its own and leaves tags where they are.
+
+A file on the hub that is neither ours nor as the last push left it was edited by somebody: that is never overwritten
+silently. A file on the hub that no push from here knows is kept, whatever it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+
+from inference.errors import (
+    AuthError,
+    CheckFailed,
+    GateRefused,
+    HubUnavailable,
+    InputError,
+    PublishError,
+    RemoteChanged,
+)
+
+from .hub import Head, Hub, Progress, RemoteFile, Upload
+from .schema import Check, FileEntry, Manifest, Receipt
+from .store import read_model, write_model
+from .variants import Project
+from .verify import file_key, sha256_of
+
+COMMIT_TRIES = 3
+INLINE_BYTES = (
+    10 << 20
+)  # files up to this are read once and sent as those bytes; the Hub takes no larger one outside LFS
+CARD_BYTES = 2 << 20
+DIFF_LINES = 200
+TAG = re.compile(r"v([1-9]\d{0,5})")
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file to publish, as it was hashed. key: size, times and inode then."""
+
+    path: str
+    source: Path
+    size: int
+    sha256: str
+    key: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ForeignEdit:
+    """A file on the hub that differs from ours and from what the last push left. diff: unified, for the card."""
+
+    path: str
+    what: str
+    diff: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a push goes, and how. private: of a repo that has to be created; overwrite: foreign edits too."""
+
+    id: str
+    repo: str
+    endpoint: str
+    private: bool
+    create_pr: bool
+    pull_request: int | None
+    overwrite: bool
+
+    @property
+    def revision(self) -> str:
+        return "main" if self.pull_request is None else f"refs/pr/{self.pull_request}"
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push would do. head: the commit it was planned on, None if there is no repo yet.
+
+    add, update, unchanged: our files; delete: of an earlier push, ours no more; kept: on the hub, not from here;
+    foreign: ours, but edited on the hub; strays: weights on the hub that are not from here.
+    """
+
+    target: Target
+    weights_hash: str
+    exists: bool
+    private: bool
+    head: str | None
+    add: tuple[LocalFile, ...]
+    update: tuple[LocalFile, ...]
+    unchanged: tuple[LocalFile, ...]
+    delete: tuple[str, ...]
+    kept: tuple[str, ...]
+    foreign: tuple[ForeignEdit, ...]
+    strays: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        return self.target.id
+
+    @property
+    def repo(self) -> str:
+        return self.target.repo
+
+    @property
+    def files(self) -> tuple[LocalFile, ...]:
+        return tuple(sorted((*self.add, *self.update, *self.unchanged), key=lambda f: f.path))
+
+    @property
+    def bytes_to_send(self) -> int:
+        """At most; what the hub has stored already for any repo is not sent again."""
+        return sum(f.size for f in (*self.add, *self.update))
+
+    @property
+    def up_to_date(self) -> bool:
+        return self.exists and not (self.add or self.update or self.delete)
+
+    @property
+    def title(self) -> str:
+        """The commit's message."""
+        weights = [f for f in (*self.add, *self.update) if f.path.endswith(".safetensors")]
+        if weights or self.delete:
+            return f"{self.id}: weights {self.weights_hash[:12]}"
+        if all(f.path == "README.md" or f.path.startswith("images/") for f in (*self.add, *self.update)):
+            return f"{self.id}: update card"
+        return f"{self.id}: update {', '.join(f.path for f in (*self.add, *self.update)[:4])}"
+
+
+@dataclass(frozen=True)
+class RemoteState:
+    """For `status --remote`. state: not built, not pushed, in sync or drifted."""
+
+    id: str
+    repo: str
+    state: str
+    commit: str | None
+    private: bool | None
+    differences: tuple[str, ...]
+
+
+# ------------------------------------------------------------------------------------------------ planning
+
+
+def local_files(project: Project, id: str, rehash: bool = True) -> tuple[Manifest, list[LocalFile]]:
+    """The manifest and every file that belongs into the repo, hashed.
+
+    rehash False: files in the manifest count as what it says if their size is right. Raises GateRefused if a file is
+    missing or not what the manifest says, or if there is no manifest.
+    """
+    folder = project.store.variant(id)
+    manifest = read_model(project.store.manifest(id), Manifest)
+    if manifest is None:
+        raise GateRefused(f"{id}: not built; run `publish build {id}`")
+    known = {f.path: f for f in manifest.files}
+    extra = [p.relative_to(folder).as_posix() for p in sorted(folder.glob("images/*")) if p.is_file()]
+    files = []
+    for path in sorted({*known, "manifest.json", "README.md", *extra}):
+        source = folder / path
+        try:
+            key = file_key(source)
+            entry = known.get(path)
+            sha = entry.sha256 if entry and not rehash else sha256_of(source)
+        except OSError:
+            step = "card" if path == "README.md" else "build"
+            raise GateRefused(f"{id}: {path} is missing; run `publish {step} {id}`") from None
+        if entry and (key[0], sha) != (entry.size, entry.sha256):
+            raise GateRefused(f"{id}: {path} is not what manifest.json says; run `publish build {id}`")
+        files.append(LocalFile(path, source, key[0], sha, key))
+    return manifest, files
+
+
+def plan_push(
+    hub: Hub,
+    project: Project,
+    id: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    rehash: bool = True,
+) -> PushPlan:
+    """Compare the folder with the repo. Reads only. private: of a repo that is created. overwrite: foreign edits too.
+
+    Raises GateRefused (see local_files), InputError, AuthError, HubUnavailable.
+    """
+    hub.require_online("push")
+    repo = repo_id(project, id)
+    manifest, files = local_files(project, id, rehash)
+    receipt, pull = read_model(project.store.receipt(id), Receipt), read_model(pull_receipt(project, id), Receipt)
+    receipt, pull = (r if r and (r.repo, r.endpoint) == (repo, hub.endpoint) else None for r in (receipt, pull))
+    number = pull.pull_request if create_pr and pull else None
+    if number is not None and not hub.pull_is_open(repo, number):
+        number = None
+    revision = "main" if number is None else f"refs/pr/{number}"
+    head = hub.head(repo, revision)
+    known = Known(_pushed(hub, repo, head, receipt, pull), _listed(hub, repo, head, receipt, files))
+    target = Target(id, repo, hub.endpoint, private, create_pr, number, overwrite)
+    plan = decide(target, manifest.weights_hash, files, head, known)
+    if head and any(f.path == "README.md" for f in plan.foreign):
+        diff = _card_diff(hub, repo, head, receipt, project.store.variant(id) / "README.md")
+        edits = tuple(replace(f, diff=diff) if f.path == "README.md" else f for f in plan.foreign)
+        plan = replace(plan, foreign=edits)
+    return plan
+
+
+def repo_id(project: Project, id: str) -> str:
+    """Raises InputError while no owner is set."""
+    repo = project.repo(id)
+    if "/" not in repo:
+        raise InputError(f"{project.path.name}: owner is not set; a push needs the Hub user or organization")
+    return repo
+
+
+def pull_receipt(project: Project, id: str) -> Path:
+    """Of the last push to a pull request: a file of its own, for it says nothing about main."""
+    return project.store.receipt(id).parent / "pulls" / f"{id}.json"
+
+
+def _pushed(hub: Hub, repo: str, head: Head | None, *receipts: Receipt | None) -> dict[str, set[str]]:
+    """What earlier pushes from here left, by path: the identities of its content (main's and a pull request's)."""
+    found: dict[str, set[str]] = {}
+    for receipt in receipts:
+        if receipt is None or head is None:
+            continue
+        paths = {f.path for f in receipt.files}
+        at = head.files if receipt.commit == head.commit else hub.tree(repo, receipt.commit)
+        for path, remote in (at or {}).items():
+            if path in paths:
+                found.setdefault(path, set()).add(remote.identity)
+        for f in receipt.files:  # should the commit be gone (squashed), LFS files are still known by their sha256
+            found.setdefault(f.path, set()).add(f.sha256)
+    return found
+
+
+def _listed(
+    hub: Hub, repo: str, head: Head | None, receipt: Receipt | None, files: Sequence[LocalFile]
+) -> dict[str, str]:
+    """sha256 by path of what the manifest on the hub lists: without a receipt, how stale shards of ours are known."""
+    if head is None or receipt is not None or "manifest.json" not in head.files:
+        return {}
+    if not {p for p in head.files if p.endswith(".safetensors")} - {f.path for f in files}:
+        return {}
+    try:
+        there = Manifest.model_validate_json(hub.read_range(repo, head.commit, "manifest.json", 0, INLINE_BYTES))
+    except ValueError:
+        return {}
+    return {f.path: f.sha256 for f in there.files}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What on the hub is from here. pushed: identities by path, from receipts; listed: sha256 by path, from the
+    manifest on the hub, where there is no receipt."""
+
+    pushed: Mapping[str, set[str]]
+    listed: Mapping[str, str]
+
+
+def decide(target: Target, weights_hash: str, files: Sequence[LocalFile], head: Head | None, known: Known) -> PushPlan:
+    """The plan from both sides' files. Small files that are not in LFS are read for git's hash, nothing else is."""
+    there = head.files if head else {}
+    ours = {f.path: f for f in files}
+    add = tuple(f for f in files if f.path not in there)
+    unchanged = tuple(f for f in files if f.path in there and same(f, there[f.path]))
+    update = tuple(f for f in files if f.path in there and f not in unchanged)
+    stale, kept, strays = [], [], []
+    foreign = []
+    for f in update:
+        if there[f.path].identity not in known.pushed.get(f.path, ()):
+            what = (
+                "was edited on the hub since the last push" if f.path in known.pushed else "on the hub is not from here"
+            )
+            foreign.append(ForeignEdit(f.path, what))
+    for path, remote in sorted(there.items()):
+        if path in ours:
+            continue
+        if remote.identity in known.pushed.get(path, ()) or remote.sha256 == known.listed.get(path, ""):
+            stale.append(path)
+        elif path.endswith(".safetensors"):
+            strays.append(path)
+        else:
+            kept.append(path)
+    return PushPlan(
+        target=target,
+        weights_hash=weights_hash,
+        exists=head is not None,
+        private=head.private if head else target.private,
+        head=head.commit if head else None,
+        add=add,
+        update=update,
+        unchanged=unchanged,
+        delete=tuple(stale),
+        kept=tuple(kept),
+        foreign=tuple(foreign),
+        strays=tuple(strays),
+        reasons=tuple(_reasons(head, add, update, stale)),
+    )
+
+
+def _reasons(
+    head: Head | None, add: Sequence[LocalFile], update: Sequence[LocalFile], stale: Sequence[str]
+) -> Iterable[str]:
+    if head is None:
+        yield "the repo does not exist yet"
+    else:
+        yield from (f"{f.path}: not on the hub" for f in add)
+    yield from (f"{f.path}: differs on the hub" for f in update)
+    yield from (f"{path}: stale on the hub" for path in stale)
+
+
+def same(local: LocalFile, remote: RemoteFile) -> bool:
+    if local.size != remote.size:
+        return False
+    if remote.sha256 is not None:
+        return local.sha256 == remote.sha256
+    data = local.source.read_bytes()  # a file outside of LFS: at most 10 MB
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == remote.blob
+
+
+def _card_diff(hub: Hub, repo: str, head: Head, receipt: Receipt | None, card: Path) -> str:
+    """What was edited: from the card as last pushed (else ours) to the one on the hub."""
+    before, label = None, "README.md as pushed"
+    if receipt:
+        with suppress(InputError):  # that commit is gone
+            before = hub.read_range(repo, receipt.commit, "README.md", 0, CARD_BYTES)
+    if before is None:
+        before, label = card.read_bytes(), "README.md here"
+    there = hub.read_range(repo, head.commit, "README.md", 0, CARD_BYTES)
+    old, new = (text.decode(errors="replace").splitlines() for text in (before, there))
+    lines = list(difflib.unified_diff(old, new, label, "README.md on the hub", lineterm=""))
+    if len(lines) > DIFF_LINES:
+        lines = [*lines[:DIFF_LINES], f"… {len(lines) - DIFF_LINES} lines more"]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ pushing
+
+
+def execute(hub: Hub, project: Project, plan: PushPlan, progress: Progress | None = None) -> Receipt:
+    """Carry out a plan; returns the receipt, which is also written. The gate comes before (`publisher.gate`).
+
+    Raises RemoteChanged for foreign edits or a head that moved, AuthError, CheckFailed, HubUnavailable. Running it
+    again with a fresh plan goes on where it stopped.
+    """
+    tell = progress or (lambda what, done, total: None)
+    hub.require_online("push")
+    hub.require_token("push")
+    _refuse_foreign(plan)
+    account = hub.account()
+    if account.role == "read":
+        owner = plan.repo.split("/")[0]
+        raise AuthError(
+            f"push to {plan.repo}: the token of {account.name} can only read; it needs write access to {owner}"
+        )
+    commit = plan.head
+    if not plan.up_to_date:
+        plan = _ready(hub, plan, tell)
+        commit = _send(hub, project, plan, tell)
+    assert commit is not None
+    tell("checking", 0, 0)
+    tree = hub.tree(plan.repo, commit)
+    failed = next((c for c in compare(plan.files, tree) if not c.passed), None)
+    if failed:
+        raise CheckFailed(f"{plan.repo} at {commit[:12]}: {failed.name}: {failed.detail}; run push again")
+    receipt = _write_receipt(hub, project, plan, commit)
+    if plan.target.create_pr:
+        return receipt
+    tell("tagging", 0, 0)
+    receipt = receipt.model_copy(update={"tag": _tag(hub, plan, receipt, commit)})
+    _write_if_new(project.store.receipt(plan.id), receipt)
+    collection = project.ladder.collection
+    if collection:
+        tell("listing in the collection", 0, 0)
+        hub.collect(
+            plan.repo.split("/")[0], collection.title, collection.description, plan.repo, project.variant(plan.id).note
+        )
+    return receipt
+
+
+def _refuse_foreign(plan: PushPlan) -> None:
+    if plan.strays:
+        raise RemoteChanged(
+            f"{plan.repo}: {plan.strays[0]} on the hub is no file of {plan.id}, and loaders would read it; "
+            "delete it on the hub"
+        )
+    if plan.foreign and not (plan.target.overwrite or plan.target.create_pr):
+        first = plan.foreign[0]
+        more = f" (and {len(plan.foreign) - 1} more)" if len(plan.foreign) > 1 else ""
+        diff = "".join(f"\n{f.diff}" for f in plan.foreign if f.diff)
+        raise RemoteChanged(
+            f"{plan.repo}: {first.path}{more} {first.what}; take it over into variants.yaml or the templates and "
+            f"push with --overwrite, or propose with --create-pr{diff}"
+        )
+
+
+def _ready(hub: Hub, plan: PushPlan, tell: Progress) -> PushPlan:
+    """The plan with a repo, write access and, if asked for, a pull request to push to."""
+    if not plan.exists:
+        tell("creating the repo", 0, 0)
+        hub.create_repo(plan.repo, plan.target.private)
+    if not plan.target.create_pr:
+        hub.check_write(plan.repo)
+    head = hub.head(plan.repo, plan.target.revision)
+    if head is None:
+        raise InputError(f"{plan.repo}: the hub says it does not exist, after creating it; run push again")
+    if not plan.exists:
+        taken = sorted(set(head.files) - {".gitattributes"})
+        if taken:
+            raise RemoteChanged(f"{plan.repo}: somebody created it meanwhile and put {taken[0]} there; run push again")
+        plan = replace(plan, head=head.commit)
+    elif head.commit != plan.head:
+        raise RemoteChanged(
+            f"{plan.repo}: the head moved from {str(plan.head)[:8]} to {head.commit[:8]}; run push again"
+        )
+    if plan.target.create_pr and plan.target.pull_request is None:
+        text = f"Pushed by the publisher of {plan.repo}; weights {plan.weights_hash}."
+        number = hub.open_pull(plan.repo, f"{plan.title} ({_digest(plan.files)[:8]})", text)
+        plan = replace(plan, target=replace(plan.target, pull_request=number))
+        head = hub.head(plan.repo, plan.target.revision)
+        plan = replace(plan, head=head.commit if head else plan.head)
+    return plan
+
+
+def _digest(files: Iterable[LocalFile]) -> str:
+    return hashlib.sha256("".join(f"{f.path} {f.sha256}\n" for f in files).encode()).hexdigest()
+
+
+def _send(hub: Hub, project: Project, plan: PushPlan, tell: Progress) -> str:
+    """Upload and commit; returns the commit that holds our files."""
+    assert plan.head is not None
+    uploads = [_upload_of(f) for f in (*plan.add, *plan.update)]
+    card = next((u for u in uploads if u.path == "README.md"), None)
+    if card and isinstance(card.source, bytes):
+        hub.check_card(card.source.decode(errors="replace"))
+    for attempt in range(1, COMMIT_TRIES + 1):
+        operations = hub.upload(plan.repo, plan.target.revision, uploads, tell)
+        for f in plan.files:
+            if file_key(f.source) != f.key and sha256_of(f.source) != f.sha256:
+                raise CheckFailed(f"{f.path} changed while it was being pushed; nothing was committed: run push again")
+        tell("committing", 0, 0)
+        try:
+            return hub.commit(plan.repo, plan.target.revision, operations, plan.delete, plan.title, plan.head)
+        except PublishError as e:
+            error = e  # nothing is known yet: what the repo holds decides
+        landed = _landed(hub, plan)
+        if landed:
+            return landed
+        if attempt == COMMIT_TRIES or not isinstance(error, HubUnavailable | RemoteChanged):
+            raise error
+        tell("waiting to commit again", 0, 0)
+        time.sleep(hub.pause_s * attempt)
+    raise AssertionError
+
+
+def _upload_of(file: LocalFile) -> Upload:
+    """Small files go up as the bytes that were compared; large ones by path."""
+    if file.size > INLINE_BYTES:
+        return Upload(file.path, file.source, file.size, file.sha256)
+    data = file.source.read_bytes()
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise CheckFailed(f"{file.path} changed while it was being pushed; nothing was committed: run push again")
+    return Upload(file.path, data, file.size, file.sha256)
+
+
+def _landed(hub: Hub, plan: PushPlan) -> str | None:
+    """After a commit that failed: the commit that holds our files, or None if the head is still the old one.
+
+    Raises RemoteChanged if somebody else's commit is there instead.
+    """
+    try:
+        head = hub.head(plan.repo, plan.target.revision)
+    except HubUnavailable as e:
+        raise HubUnavailable(f"{e}; whether the commit arrived is not known: run push again, it will see") from None
+    if head is None:
+        raise RemoteChanged(f"{plan.repo}: the repo was deleted while we pushed")
+    if head.commit == plan.head:
+        return None
+    gone = not any(path in head.files for path in plan.delete)
+    if gone and all(f.path in head.files and same(f, head.files[f.path]) for f in plan.files):
+        return head.commit
+    raise RemoteChanged(
+        f"{plan.repo}: somebody else committed {head.commit[:8]} while we pushed; run push again to compare"
+    )
+
+
+def compare(files: Sequence[LocalFile], tree: Mapping[str, RemoteFile] | None) -> list[Check]:
+    """Our files against a commit's, by hash."""
+    if tree is None:
+        return [Check(name="commit", passed=False, detail="the hub does not have it")]
+    missing = [f.path for f in files if f.path not in tree]
+    wrong = [f.path for f in files if f.path in tree and not same(f, tree[f.path])]
+    strays = sorted(p for p in tree if p.endswith(".safetensors") and p not in {f.path for f in files})
+    return [
+        _check("files present", [f"{p} is missing" for p in missing], f"{len(files)} files"),
+        _check("files equal", [f"{p} has other content" for p in wrong], "sizes and hashes as here"),
+        _check("no other weights", [f"{p} is not ours" for p in strays], "no further safetensors"),
+    ]
+
+
+def _check(name: str, faults: Sequence[str], good: str) -> Check:
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return Check(name=name, passed=not faults, detail=faults[0] + more if faults else good)
+
+
+def _write_receipt(hub: Hub, project: Project, plan: PushPlan, commit: str) -> Receipt:
+    """Written before the tag: from here on the next push knows what this one left."""
+    path = pull_receipt(project, plan.id) if plan.target.create_pr else project.store.receipt(plan.id)
+    old = read_model(path, Receipt)
+    entries = [FileEntry(path=f.path, size=f.size, sha256=f.sha256) for f in plan.files]
+    if (
+        old
+        and (old.repo, old.endpoint, old.weights_hash) == (plan.repo, hub.endpoint, plan.weights_hash)
+        and (old.files, old.pull_request) == (entries, plan.target.pull_request)
+        and plan.up_to_date
+    ):
+        return old
+    same_repo = old is not None and (old.repo, old.endpoint) == (plan.repo, hub.endpoint)
+    receipt = Receipt(
+        id=plan.id,
+        repo=plan.repo,
+        endpoint=hub.endpoint,
+        commit=commit,
+        pull_request=plan.target.pull_request,
+        weights_hash=plan.weights_hash,
+        files=entries,
+        pushed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        tag=old.tag if old and same_repo and old.weights_hash == plan.weights_hash else None,
+    )
+    write_model(path, receipt)
+    return receipt
+
+
+def _write_if_new(path: Path, receipt: Receipt) -> None:
+    if read_model(path, Receipt) != receipt:
+        write_model(path, receipt)
+
+
+def _tag(hub: Hub, plan: PushPlan, receipt: Receipt, commit: str) -> str:
+    """The tag of these weights: the newest one if it holds them, else the next number, on this commit."""
+    tags = hub.tags(plan.repo)
+    if receipt.tag in tags:
+        return str(receipt.tag)
+    numbers = sorted(int(m[1]) for m in map(TAG.fullmatch, tags) if m)
+    if numbers:
+        newest = f"v{numbers[-1]}"
+        if tags[newest] == commit or _weights(hub.tree(plan.repo, tags[newest]) or {}) == _weights(plan.files):
+            return newest
+    name = f"v{numbers[-1] + 1 if numbers else 1}"
+    hub.tag(plan.repo, name, commit)
+    return name
+
+
+def _weights(files: Iterable[LocalFile] | Mapping[str, RemoteFile]) -> set[tuple[str, str | None]]:
+    values = files.values() if isinstance(files, Mapping) else files
+    return {(f.path, f.sha256) for f in values if PurePosixPath(f.path).suffix == ".safetensors"}
+
+
+# ------------------------------------------------------------------------------------------------ looking
+
+
+def remote_state(hub: Hub, project: Project, id: str) -> RemoteState:
+    """Whether the repo holds what the folder holds. Large files here count as what the manifest says."""
+    repo = repo_id(project, id)
+    try:
+        plan = plan_push(hub, project, id, rehash=False)
+    except GateRefused as e:
+        head = hub.head(repo)
+        what = (str(e),)
+        return RemoteState(id, repo, "not built", head and head.commit, head and head.private, what)
+    if not plan.exists:
+        return RemoteState(id, repo, "not pushed", None, None, ())
+    edited = {f.path: f"{f.path}: {f.what}" for f in plan.foreign}
+    changes = [r for r in plan.reasons if r.split(":")[0] not in edited]
+    changes += [*edited.values(), *(f"{p}: weights on the hub that are not ours" for p in plan.strays)]
+    return RemoteState(id, repo, "drifted" if changes else "in sync", plan.head, plan.private, tuple(sorted(changes)))
+
+
+def verify_remote(hub: Hub, project: Project, id: str) -> list[Check]:
+    """The repo's main branch against the folder and the receipt, by hash, without a download."""
+    hub.require_online("verify --remote")
+    repo = repo_id(project, id)
+    head = hub.head(repo)
+    if head is None:
+        return [Check(name="repo", passed=False, detail=f"{repo} is not on {hub.endpoint}, or not for this token")]
+    _, files = local_files(project, id)
+    checks = [Check(name="repo", passed=True, detail=f"{repo} at {head.commit[:12]}"), *compare(files, head.files)]
+    receipt = read_model(project.store.receipt(id), Receipt)
+    if receipt is None or (receipt.repo, receipt.endpoint) != (repo, hub.endpoint):
+        checks.append(Check(name="receipt", passed=None, detail="no push from here is on record"))
+        return checks
+    entries = [FileEntry(path=f.path, size=f.size, sha256=f.sha256) for f in files]
+    changed = [f.path for f in entries if f not in receipt.files]
+    checks.append(_check("receipt", [f"{p} changed here since" for p in changed], f"pushed as {receipt.commit[:12]}"))
+    if receipt.tag:
+        at = hub.tags(repo).get(receipt.tag)
+        tree = hub.tree(repo, at) if at else None
+        good = tree is not None and _weights(tree) == _weights(files)
+        checks.append(_check("tag", [] if good else [f"{receipt.tag} does not hold these weights"], receipt.tag))
+    return checks

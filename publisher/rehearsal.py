@@ -1,0 +1,23 @@
+"""`publish hub`: the built-in hub with one user, as a command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from inference.errors import InputError
+
+from .localhub import FolderInUse, run
+
+DEFAULT_TOKEN = "rehearsal"  # noqa: S105 - guards nothing but a folder on this machine; set PUBLISH_HUB_TOKEN for a secret one
+
+
+def serve(folder: Path, port: int, user: str) -> None:
+    """Serve until interrupted. Raises InputError if the folder or the port is taken."""
+    token = os.environ.get("PUBLISH_HUB_TOKEN") or DEFAULT_TOKEN
+    try:
+        run(folder, "127.0.0.1", port, {token: f"write:{user}"})
+    except (ValueError, FolderInUse) as e:
+        raise InputError(str(e)) from None
+    except OSError as e:
+        raise InputError(f"cannot serve on port {port}: {e.strerror}; --port 0 takes a free one") from None

@@ -1,0 +1,392 @@
+"""Results as text for people and as plain values for --json. Returns strings and dicts; prints nothing."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .plan import CONTEXT, VariantPlan, disk_needed
+from .schema import Bench, Check, Receipt, Smoke
+from .store import read_result
+from .survey import Rung, Survey, read_manifest
+from .variants import Project
+
+if TYPE_CHECKING:
+    from .build import Outcome
+    from .push import PushPlan, RemoteState
+
+BUILD_MEMORY_GB = 4.0  # quant.convert's stated bound with the interpreter, whatever the model
+GIB = 1 << 30
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
+    """Aligned columns; `right` names the columns that are numbers."""
+    from rich import box  # noqa: PLC0415 - 60 ms that only a table is worth
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    numbers = set(right)
+    grid = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, header_style="bold")
+    for i, header in enumerate(headers):
+        grid.add_column(header, justify="right" if i in numbers else "left", no_wrap=i in numbers or i == 0, overflow="fold")
+    for row in rows:
+        grid.add_row(*(cell.replace("[", "\\[") for cell in row))
+    terminal = sys.stdout.isatty()
+    out = io.StringIO()
+    Console(file=out, width=None if terminal else 200, force_terminal=terminal, highlight=False).print(grid)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def size(nbytes: int) -> str:
+    """Bytes in the unit a person would take."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+# ---------------------------------------------------------------------------------------------- plan
+
+
+def plan_json(seen: Survey) -> dict[str, Any]:
+    plans = [r.plan for r in seen.rungs.values()]
+    stale = [r.plan for r in seen.rungs.values() if r.state.weights]
+    return {
+        "base": {"name": seen.base.name, "commit": seen.base.commit, "downloaded": seen.base.weights},
+        "variants": [_plan_row(r) for r in seen.rungs.values()],
+        "total_nbytes": sum(p.nbytes for p in plans),
+        "build": {"disk_nbytes": disk_needed(stale), "peak_memory_gb": BUILD_MEMORY_GB},
+        "context_tokens": CONTEXT,
+    }
+
+
+def _plan_row(rung: Rung) -> dict[str, Any]:
+    p, state = rung.plan, rung.state
+    return {
+        "id": p.id,
+        "repo": p.repo,
+        "recipe": p.recipe,
+        "bits": p.bits,
+        "nbytes": p.nbytes,
+        "params": p.params,
+        "bpw": round(p.bpw, 4),
+        "text_nbytes": p.text_nbytes,
+        "text_params": p.text_params,
+        "text_bpw": round(p.text_bpw, 4),
+        "run_nbytes": p.run_nbytes,
+        "classes": [
+            {
+                "class": r.cls,
+                "format": r.format,
+                "awq": r.awq,
+                "group_size": r.group_size,
+                "tensors": r.tensors,
+                "params": r.params,
+                "nbytes": r.nbytes,
+            }
+            for r in p.rows
+        ],
+        "stale": {"weights": state.weights, "smoke": state.smoke, "bench": state.bench},
+    }
+
+
+def plan_text(seen: Survey) -> str:
+    rungs = list(seen.rungs.values())
+    commit = f" at {seen.base.commit[:12]}" if seen.base.commit else ""
+    digits = 2 if rungs[0].plan.nbytes >= 1e9 else 4
+    sizes = table(
+        ("variant", "recipe", "GB", "GiB", "bits/weight", "with vision", f"GB to run, {CONTEXT // 1024}k context", "stale"),
+        [
+            (
+                r.id,
+                f"{r.plan.recipe} N={r.plan.bits}",
+                f"{r.plan.nbytes / 1e9:.{digits}f}",
+                f"{r.plan.nbytes / GIB:.{digits}f}",
+                f"{r.plan.text_bpw:.2f}",
+                f"{r.plan.bpw:.2f}",
+                f"{r.plan.run_nbytes / 1e9:.{digits}f}",
+                _first_reason(r),
+            )
+            for r in rungs
+        ],
+        right=(2, 3, 4, 5, 6),
+    )
+    stale = [r.plan for r in rungs if r.state.weights]
+    need = disk_needed(stale)
+    return "\n".join(
+        (
+            f"{seen.base.name}{commit}: {rungs[0].plan.text_params / 1e9:.3f} billion parameters in the language model",
+            "",
+            sizes,
+            "",
+            _classes(rungs),
+            "",
+            "GB is 1e9 bytes, GiB is 2^30. Bits a weight: language model alone, and all that is stored. To run: language model and",
+            "caches, before workspace.",
+            f"To build {len(stale)} of {len(rungs)}: {need / 1e9:.2f} GB of disk, at most {BUILD_MEMORY_GB:g} GB of memory."
+            if stale
+            else "Weights of all variants are current.",
+        )
+    )
+
+
+def _classes(rungs: Sequence[Rung]) -> str:
+    """A row a tensor class, a column a variant."""
+    labels = list(dict.fromkeys(row.cls for r in rungs for row in r.plan.rows))
+    rows = [(cls, *(_formats(r.plan, cls) for r in rungs)) for cls in labels]
+    return table(("tensors", *(r.id for r in rungs)), rows)
+
+
+def _formats(plan: VariantPlan, cls: str) -> str:
+    rows = [r for r in plan.rows if r.cls == cls]
+    return " / ".join(dict.fromkeys(f"{r.format}{' +AWQ' if r.awq else ''}" for r in rows))
+
+
+def _first_reason(rung: Rung) -> str:
+    for step in ("weights", "smoke", "bench"):
+        reasons = getattr(rung.state, step)
+        if reasons:
+            return f"{step}: {reasons[0]}" + (f" (+{len(reasons) - 1})" if len(reasons) > 1 else "")
+    return "–"
+
+
+# ---------------------------------------------------------------------------------------------- status
+
+
+def status_json(seen: Survey, remotes: Mapping[str, RemoteState]) -> dict[str, Any]:
+    return {"variants": [_status_row(seen.project, r, remotes.get(r.id)) for r in seen.rungs.values()]}
+
+
+def _status_row(project: Project, rung: Rung, remote: RemoteState | None) -> dict[str, Any]:
+    receipt = read_result(project.store.receipt(rung.id), Receipt)
+    s = rung.state
+    return {
+        "id": rung.id,
+        "repo": rung.plan.repo,
+        "built": rung.manifest is not None,
+        "current": s.built,
+        "stale": {"weights": s.weights, "smoke": s.smoke, "bench": s.bench, "card": s.card},
+        "smoke_failed": s.failed,
+        "weights_hash": rung.manifest.weights_hash if rung.manifest else None,
+        "nbytes": rung.manifest.nbytes if rung.manifest else None,
+        "pushed": _pushed(project, rung, receipt),
+        "remote": {"state": remote.state, "differences": list(remote.differences)} if remote else None,
+    }
+
+
+def _pushed(project: Project, rung: Rung, receipt: Receipt | None) -> dict[str, Any] | None:
+    """What the last push sent, and whether it is what lies here now. A receipt of another repo is no push of this one."""
+    if receipt is None or receipt.repo != rung.plan.repo:
+        return None
+    card = project.store.variant(rung.id) / "README.md"
+    sent = {f.path: f.sha256 for f in receipt.files}
+    from .store import sha256_file  # noqa: PLC0415
+
+    weights = bool(rung.manifest) and receipt.weights_hash == rung.manifest.weights_hash  # type: ignore[union-attr]
+    return {
+        "commit": receipt.commit,
+        "at": receipt.pushed_at,
+        "weights_current": weights,
+        "card_current": card.is_file() and sent.get("README.md") == sha256_file(card),
+    }
+
+
+def status_text(seen: Survey, remotes: Mapping[str, RemoteState]) -> str:
+    rows = []
+    notes = []
+    for r in seen.rungs.values():
+        row = _status_row(seen.project, r, remotes.get(r.id))
+        rows.append((r.id, _state_word(row), _why(row), _pushed_word(row["pushed"]), *([_remote_word(row)] if remotes else [])))
+        if remotes:
+            notes += [f"{r.id}: {d}" for d in row["remote"]["differences"]]
+    headers = ("variant", "state", "why", "pushed", *(["remote"] if remotes else []))
+    return "\n".join([table(headers, rows), *notes])
+
+
+def _state_word(row: Mapping[str, Any]) -> str:
+    if row["smoke_failed"]:
+        return "failed"
+    if row["current"]:
+        return "built"
+    return "stale" if row["built"] else "not built"
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    if row["smoke_failed"]:
+        return f"smoke: {row['smoke_failed']}"
+    if not row["built"]:
+        return ""
+    stale = row["stale"]
+    if stale["weights"]:
+        return f"weights: {'; '.join(stale['weights'])}"
+    return "; ".join(f"{step}: {', '.join(reasons)}" for step, reasons in stale.items() if reasons)
+
+
+def _pushed_word(pushed: Mapping[str, Any] | None) -> str:
+    if pushed is None:
+        return "no"
+    if not pushed["weights_current"]:
+        return f"other weights ({pushed['commit'][:8]})"
+    return f"{pushed['commit'][:8]}" if pushed["card_current"] else f"older card ({pushed['commit'][:8]})"
+
+
+def _remote_word(row: Mapping[str, Any]) -> str:
+    return row["remote"]["state"]
+
+
+# ---------------------------------------------------------------------------------------------- build, smoke, bench, card
+
+
+def outcomes_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    return {
+        "variants": [
+            {
+                "id": o.id,
+                "rebuilt": o.rebuilt,
+                "smoked": o.smoked,
+                "benched": o.benched,
+                "card_changed": o.card,
+                "smoke_failed": o.failed,
+            }
+            for o in outcomes
+        ]
+    }
+
+
+def outcomes_text(project: Project, outcomes: Sequence[Outcome]) -> str:
+    rows = []
+    for o in outcomes:
+        manifest = read_manifest(project, o.id)
+        if manifest is None:
+            continue
+        results = project.store.results(manifest.weights_hash)
+        smoke, bench = read_result(results / "smoke.json", Smoke), read_result(results / "bench.json", Bench)
+        done = [w for w, did in (("weights", o.rebuilt), ("smoke", o.smoked), ("bench", o.benched), ("card", o.card)) if did]
+        rows.append(
+            (
+                o.id,
+                f"{manifest.nbytes / 1e9:.3f}",
+                f"{8 * manifest.text_nbytes / manifest.text_params:.2f}",
+                f"{smoke.kld:.4f}" if smoke and smoke.kld is not None else "–",
+                f"{bench.variant.decode_tps.median:.1f}" if bench and bench.variant.decode_tps else "–",
+                "failed" if o.failed else "passed" if smoke and smoke.passed else "not run",
+                ", ".join(done) or "nothing",
+            )
+        )
+    return table(("variant", "GB", "bits/weight", "KL, nats", "decode tok/s", "smoke", "done now"), rows, right=(1, 2, 3, 4))
+
+
+def results_json(project: Project, ids: Sequence[str]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for id in ids:
+        manifest = read_manifest(project, id)
+        if manifest:
+            results = project.store.results(manifest.weights_hash)
+            found = {"smoke": read_result(results / "smoke.json", Smoke), "bench": read_result(results / "bench.json", Bench)}
+            out[id] = {k: v.model_dump(mode="json") if v else None for k, v in found.items()}
+    return out
+
+
+def results_text(project: Project, ids: Sequence[str], step: str) -> str:
+    found = results_json(project, ids)
+    if step == "smoke":
+        return checks_text({id: [Check(**c) for c in found[id]["smoke"]["checks"]] for id in ids})
+    rows = []
+    for id in ids:
+        bench = Bench(**found[id]["bench"]) if found[id]["bench"] else None
+        for name, speed in ((id, bench.variant), ("  BF16", bench.bf16)) if bench else ():
+            if speed.decode_tps is None:
+                rows.append((name, "not measured", speed.reason or "", "", ""))
+                continue
+            prefill = ", ".join(f"{s.median:.0f} at {n}" for n, s in sorted(speed.prefill_tps.items()))
+            rows.append(
+                (
+                    name,
+                    f"{speed.decode_tps.median:.1f} [{speed.decode_tps.low:.1f}–{speed.decode_tps.high:.1f}]",
+                    prefill,
+                    f"{speed.ttft_s.median:.3f}" if speed.ttft_s else "",
+                    f"{speed.peak_gb:.3f}" if speed.peak_gb else "",
+                )
+            )
+    return table(("variant", "decode tok/s", "prefill tok/s", "TTFT s", "peak GB"), rows, right=(1, 3, 4))
+
+
+def cards_text(project: Project, ids: Sequence[str], changed: Iterable[str]) -> str:
+    changed = set(changed)
+    built = [i for i in ids if read_manifest(project, i)]
+    return "\n".join(f"{i}: {'card written' if i in changed else 'card was current'}" for i in built) or "nothing is built"
+
+
+def card_diffs(project: Project, texts: Mapping[str, str]) -> dict[str, str]:
+    """Unified diff, disk against what would be rendered, of every card that is not current."""
+    out = {}
+    for id, text in texts.items():
+        path = project.store.variant(id) / "README.md"
+        old = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        if old != text:
+            name = f"{id}/README.md"
+            diff = difflib.unified_diff(old.splitlines(True), text.splitlines(True), f"{name} (on disk)", f"{name} (rendered)")
+            out[id] = "".join(diff)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- verify
+
+
+def checks_json(checks: Mapping[str, Sequence[Check]]) -> dict[str, Any]:
+    return {id: [c.model_dump() for c in found] for id, found in checks.items()}
+
+
+def checks_text(checks: Mapping[str, Sequence[Check]]) -> str:
+    words = {True: "ok", False: "FAILED", None: "not checked"}
+    rows = [(id, c.name, words[c.passed], c.detail) for id, found in checks.items() for c in found]
+    return table(("variant", "check", "result", "detail"), rows)
+
+
+# ---------------------------------------------------------------------------------------------- push
+
+
+def push_json(plans: Sequence[PushPlan]) -> dict[str, Any]:
+    return {
+        "plans": [
+            {
+                "id": p.id,
+                "repo": p.repo,
+                "exists": p.exists,
+                "up_to_date": p.up_to_date,
+                "add": [f.path for f in p.add],
+                "update": [f.path for f in p.update],
+                "delete": list(p.delete),
+                "unchanged": [f.path for f in p.unchanged],
+                "bytes_to_send": p.bytes_to_send,
+            }
+            for p in plans
+        ]
+    }
+
+
+def push_text(plans: Sequence[PushPlan], endpoint: str) -> str:
+    rows = []
+    for p in plans:
+        if p.up_to_date:
+            what = "up to date"
+        else:
+            parts = (("add", len(p.add)), ("update", len(p.update)), ("delete", len(p.delete)))
+            what = ", ".join(f"{word} {n}" for word, n in parts if n) + f"; keep {len(p.unchanged)}"
+        rows.append((p.id, p.repo, "" if p.exists else "new", what, size(p.bytes_to_send) if not p.up_to_date else ""))
+    total = sum(p.bytes_to_send for p in plans)
+    return "\n".join([f"to {endpoint}", table(("variant", "repo", "", "change", "to send"), rows, right=(4,)), f"at most {size(total)} to send"])
+
+
+def receipts_json(receipts: Sequence[Receipt]) -> dict[str, Any]:
+    return {"receipts": [r.model_dump(mode="json") for r in receipts]}
+
+
+def receipts_text(receipts: Sequence[Receipt], endpoint: str) -> str:
+    rows = [
+        (r.id, f"{endpoint}/{r.repo}", r.commit[:12], f"PR {r.pull_request}" if r.pull_request else (r.tag or "")) for r in receipts
+    ]
+    return table(("variant", "repo", "commit", "tag"), rows)

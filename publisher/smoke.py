@@ -1,0 +1,153 @@
+"""The smoke test: does a variant load, compute and talk as its base does? One verdict on exactly these bytes.
+
+Against the base in BF16, which is loaded once a run: the mean KL divergence over a fixed text stays below the recipe's
+ceiling, and sampled continuations repeat themselves no more than the base's own. Damage that a divergence cannot show
+(a flipped bit in one weight) is for `verify`, which compares hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference.backend import mx
+from inference.divergence import kld, nonfinite_count, top1_agreement
+from inference.errors import CheckpointError, InputError, ResourceError
+from inference.generate import Sampling, chat, generate
+from inference.load import Model, hidden_states_streamed, load_head
+from inference.tokenizer import Tokenizer
+
+from .protocol import CHAT_TURN, smoke_text
+from .schema import Check, SmokeSpec
+from .variants import Project
+
+NGRAM = 4  # tokens; repetition is the share of 4-grams that the same continuation held before
+SLACK = 0.10  # a variant samples other tokens than its base: that much more may be chance on a few short continuations
+CHAT_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the base does: logits over the fixed text, and how much its continuations repeat (None: it does not fit)."""
+
+    tokens: tuple[int, ...]
+    logits: mx.array  # [T, V]
+    repetition: tuple[float, ...] | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    passed: bool
+    kld: float | None
+    kld_tokens: int
+    checks: list[Check]
+    samples: list[str]
+
+
+def reference(project: Project, model: Model) -> Reference:
+    """From the loaded base."""
+    tokens = _tokens(project, model.tokenizer)
+    logits = model.forward(mx.array([tokens]))[0]
+    mx.eval(logits)
+    texts = [ids for ids, _ in _continuations(model, project.ladder.smoke)]
+    return Reference(tuple(tokens), logits, tuple(map(repetition, texts)))
+
+
+def reference_streamed(project: Project, folder: Path, reason: str) -> Reference:
+    """From a base that does not fit into memory: its logits, one layer at a time; no continuations."""
+    tokens = _tokens(project, Tokenizer.load(folder))
+    hidden = hidden_states_streamed(folder, [mx.array([tokens])])[0]
+    logits = load_head(folder)(hidden)[0]
+    mx.eval(logits)
+    return Reference(tuple(tokens), logits, None, reason)
+
+
+def smoke(project: Project, model: Model, ref: Reference, ceiling: float) -> Verdict:
+    """Judge a loaded variant."""
+    checks = [Check(name="loads", passed=True, detail=f"{model.nbytes / 1e9:.2f} GB in memory")]
+    logits = model.forward(mx.array([list(ref.tokens)]))[0]
+    bad = nonfinite_count(logits)
+    checks.append(
+        Check(name="finite logits", passed=not bad, detail=f"{bad} of {len(ref.tokens)} positions hold a NaN or an infinity")
+    )
+    mean = None
+    if not bad:
+        mean = float(kld(ref.logits, logits).mean().item())
+        same = float(top1_agreement(ref.logits, logits).mean().item())
+        checks.append(
+            Check(
+                name="divergence from BF16",
+                passed=mean <= ceiling,
+                detail=f"mean KL {mean:.4f} nats a token over {len(ref.tokens)} tokens, ceiling {ceiling:g}; "
+                f"same first choice at {100 * same:.1f} %",
+            )
+        )
+    samples: list[str] = []
+    if not bad:
+        pairs = _continuations(model, project.ladder.smoke)
+        samples = [text for _, text in pairs]
+        checks.append(_repeats([repetition(ids) for ids, _ in pairs], ref))
+        checks.append(_chat_turn(model, project.ladder.smoke.seed))
+    required = {"loads", "finite logits", "divergence from BF16"}
+    passed = all(c.passed for c in checks if c.passed is not None) and required <= {c.name for c in checks}
+    return Verdict(passed, mean, len(ref.tokens), checks, samples)
+
+
+def not_loaded(error: Exception) -> Verdict:
+    """The verdict on a variant that could not be loaded."""
+    return Verdict(False, None, 0, [Check(name="loads", passed=False, detail=str(error))], [])
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of NGRAM-grams that occurred before in the same sequence; 0 for a sequence too short to tell."""
+    grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _repeats(found: list[float], ref: Reference) -> Check:
+    name, mean = "repetition", sum(found) / len(found)
+    if ref.repetition is None:
+        return Check(name=name, passed=None, detail=f"{100 * mean:.0f} % of {NGRAM}-grams repeated; base not compared: {ref.reason}")
+    own = max(ref.repetition)
+    return Check(
+        name=name,
+        passed=mean <= own + SLACK,
+        detail=f"{100 * mean:.0f} % of {NGRAM}-grams repeated, BF16 at most {100 * own:.0f} % (slack {100 * SLACK:.0f})",
+    )
+
+
+def _continuations(model: Model, spec: SmokeSpec) -> list[tuple[list[int], str]]:
+    """(token ids, text) of one sampled continuation a prompt; the same seeds for every model."""
+    out = []
+    for i, prompt in enumerate(spec.prompts):
+        sampling = Sampling(temperature=0.8, top_p=0.95, seed=spec.seed + i)
+        ids = model.tokenizer.encode(prompt)
+        if not ids:
+            raise InputError(f"smoke.prompts: {prompt!r} has no tokens")
+        tokens = list(generate(model, ids, max_tokens=spec.max_tokens, sampling=sampling, stop=()))
+        out.append(([t.id for t in tokens], "".join(t.text for t in tokens)))
+    return out
+
+
+def _chat_turn(model: Model, seed: int) -> Check:
+    name = "chat turn"
+    if model.tokenizer.template is None:
+        return Check(name=name, passed=None, detail="the base has no chat template")
+    messages = [{"role": "user", "content": CHAT_TURN}]
+    try:
+        tokens = list(chat(model, messages, max_tokens=CHAT_TOKENS, sampling=Sampling(temperature=0.6, top_p=0.95, seed=seed)))
+    except CheckpointError as e:
+        return Check(name=name, passed=False, detail=str(e))
+    return Check(name=name, passed=bool(tokens), detail=f"{len(tokens)} tokens through the template, ended by {tokens[-1].finish}")
+
+
+def _tokens(project: Project, tokenizer: Tokenizer) -> list[int]:
+    tokens = tokenizer.encode(smoke_text(project))[: project.ladder.smoke.text_tokens]
+    if len(tokens) < 32:
+        raise InputError(f"smoke.text: {len(tokens)} tokens, expected at least 32")
+    return tokens
+
+
+__all__ = ["Reference", "ResourceError", "Verdict", "not_loaded", "reference", "reference_streamed", "repetition", "smoke"]

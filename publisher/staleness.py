@@ -1,0 +1,124 @@
+"""What of a variant is not current, and why: values in, reasons out. Nothing here reads a disk or a clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .schema import Bench, BuildInputs, Manifest, RuleInput, Smoke
+
+STEPS = ("weights", "smoke", "bench", "card")
+
+
+@dataclass(frozen=True)
+class State:
+    """Reasons by step; an empty list means current. failed: the smoke test ran on these bytes and said no."""
+
+    id: str
+    weights: list[str] = field(default_factory=list)
+    smoke: list[str] = field(default_factory=list)
+    bench: list[str] = field(default_factory=list)
+    card: list[str] = field(default_factory=list)
+    failed: str | None = None
+
+    @property
+    def built(self) -> bool:
+        return not (self.weights or self.smoke or self.bench or self.card)
+
+
+def weights_reasons(manifest: Manifest | None, now: BuildInputs | None) -> list[str]:
+    """Why the weights are stale. `now` None: today's inputs cannot be known yet (an imatrix not downloaded)."""
+    if manifest is None:
+        return ["not built"]
+    if now is None:
+        return ["imatrix: not downloaded yet"]
+    old = manifest.inputs
+    reasons = []
+    if old.base != now.base:
+        reasons += _base_reasons(old, now)
+    if old.assignment != now.assignment:
+        reasons += rule_reasons(old, now) or ["recipe: other formats for the same rules"]
+    for key in ("awq_exponent", "mtp", "vision", "solver", "quant_version"):
+        before, after = getattr(old, key), getattr(now, key)
+        if before != after:
+            reasons.append(f"{key}: {_show(before)} → {_show(after)}")
+    if old.imatrix != now.imatrix:
+        reasons.append(f"imatrix: {_imatrix(old)} → {_imatrix(now)}")
+    return reasons
+
+
+def rule_reasons(old: BuildInputs, now: BuildInputs) -> list[str]:
+    """The keys of the recipe that differ, rule by rule."""
+    reasons = []
+    for key in ("recipe", "bits", "group_size"):
+        before, after = getattr(old, key), getattr(now, key)
+        if before != after:
+            reasons.append(f"{key}: {before} → {after}")
+    before_rules, after_rules = _by_pattern(old.rules), _by_pattern(now.rules)
+    for pattern in dict.fromkeys((*before_rules, *after_rules)):
+        before, after = before_rules.get(pattern), after_rules.get(pattern)
+        if before is None:
+            reasons.append(f"rules[{pattern[0]}]: added")
+        elif after is None:
+            reasons.append(f"rules[{pattern[0]}]: removed")
+        else:
+            for key in ("bits", "group_size", "mode", "awq"):
+                if getattr(before, key) != getattr(after, key):
+                    reasons.append(f"rules[{pattern[0]}].{key}: {_show(getattr(before, key))} → {_show(getattr(after, key))}")
+    if not reasons and old.rules != now.rules:
+        reasons.append("rules: another order")
+    return reasons
+
+
+def smoke_reasons(smoke: Smoke | None, version: int, settings: str, base_hash: str, ceiling: float) -> list[str]:
+    if smoke is None:
+        return ["not run on these weights"]
+    reasons = []
+    if smoke.version != version:
+        reasons.append(f"smoke test: version {smoke.version} → {version}")
+    if smoke.settings != settings:
+        reasons.append("smoke: prompts, text or seed changed")
+    if smoke.base_hash != base_hash:
+        reasons.append("base: changed")
+    if smoke.ceiling != ceiling:
+        reasons.append(f"smoke_kld: {smoke.ceiling:g} → {ceiling:g}")
+    return reasons
+
+
+def bench_reasons(bench: Bench | None, version: int, settings: str, base_hash: str) -> list[str]:
+    if bench is None:
+        return ["not run on these weights"]
+    reasons = []
+    if bench.version != version:
+        reasons.append(f"benchmark: version {bench.version} → {version}")
+    if bench.settings != settings:
+        reasons.append("bench: protocol changed")
+    if bench.base_hash != base_hash:
+        reasons.append("base: changed")
+    return reasons
+
+
+def _by_pattern(rules: list[RuleInput]) -> dict[tuple[str, str | None], RuleInput]:
+    out: dict[tuple[str, str | None], RuleInput] = {}
+    for rule in rules:
+        out.setdefault((rule.match, rule.layers), rule)  # a second rule of the same pattern never decides
+    return out
+
+
+def _base_reasons(old: BuildInputs, now: BuildInputs) -> list[str]:
+    if old.base.name != now.base.name:
+        return [f"base: {old.base.name} → {now.base.name}"]
+    if old.base.commit != now.base.commit:
+        return [f"base commit: {_short(old.base.commit)} → {_short(now.base.commit)}"]
+    return [f"base weights: {old.base.source_hash[:8]} → {now.base.source_hash[:8]}"]
+
+
+def _imatrix(inputs: BuildInputs) -> str:
+    return f"{inputs.imatrix.name} {inputs.imatrix.sha256[:8]}" if inputs.imatrix else "none"
+
+
+def _short(commit: str | None) -> str:
+    return commit[:8] if commit else "none"
+
+
+def _show(value: object) -> str:
+    return "none" if value is None else f"{value}"

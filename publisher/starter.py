@@ -1,0 +1,97 @@
+"""The first variants.yaml of a model, and the JSON Schema that editors check it with."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from inference.checkpoint import read_json
+from inference.errors import InputError
+from inference.families import family_of
+
+from .schema import Ladder
+
+LADDER = (2, 3, 4, 5, 6, 8)
+SCHEMA_FILE = "variants.schema.json"
+
+TEMPLATE = """\
+# The ladder of {name}: `publish plan` shows what it comes to, `publish build --all` makes it, `publish push --all` releases it.
+# Every key is described in docs/variants.md; `publish schema > variants.schema.json` lets an editor complete and check this file.
+
+base:
+{base}
+{owner}
+# Name of each repo on the Hub; {{base}} and {{id}} are filled in.
+repo: "{{base}}-UD-{{id}}-mlx"
+
+# Built in: unsloth (o_proj and out_proj in bf16), unsloth_8bit_out, uniform, mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6,
+# mxfp4, mxfp8, nvfp4; or one of your own under `recipes:`.
+recipe: unsloth
+
+{imatrix}
+mtp: drop      # the multi-token-prediction head: drop, keep, or split into mtp.safetensors
+vision: keep   # the vision tower, kept in bf16: keep or drop
+
+{collection}variants:
+{variants}"""
+
+
+def starter(base: str, folder: Path, revision: str = "main", owner: str | None = None, imatrix: str | None = None) -> str:
+    """Text of a variants.yaml for `base`, a Hub id or a local folder. `folder` is where the file will lie.
+
+    Raises InputError if the base is neither, or is of an architecture that is not supported.
+    """
+    path = Path(base).expanduser()
+    if path.is_dir():
+        family_of(read_json(path / "config.json"))
+        name = path.resolve().name
+        lines = f"  path: {json.dumps(_relative(path, folder))}"
+    elif re.fullmatch(r"[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+", base) and not base.startswith("."):
+        name = base.split("/")[1]
+        lines = f"  repo: {base}\n  revision: {json.dumps(revision)}   # resolved to a commit in variants.lock by the first build"
+    else:
+        raise InputError(f"{base}: no such folder, and not a Hub id (owner/name)")
+    return TEMPLATE.format(
+        name=name,
+        base=lines,
+        owner=f"\n# Hub user or organization that the repos belong to.\nowner: {owner}\n"
+        if owner
+        else "\n# Hub user or organization that the repos belong to; `publish push` needs it.\n# owner: \n",
+        imatrix=_imatrix(imatrix, folder),
+        collection=f"collection:\n  title: {json.dumps(f'{name} for MLX'[:60])}\n\n" if owner else "",
+        variants="".join(f"  Q{bits}_K_XL: {{bits: {bits}}}\n" for bits in LADDER),
+    )
+
+
+def _imatrix(given: str | None, folder: Path) -> str:
+    if given is None:
+        return (
+            "# An importance matrix in GGUF form switches AWQ scaling on, for the rules that ask for it:\n"
+            "# imatrix: ./imatrix.gguf\n"
+        )
+    path = Path(given).expanduser()
+    if path.is_file():
+        return f"# Importance matrix: AWQ scaling for the rules that ask for it.\nimatrix:\n  path: {json.dumps(_relative(path, folder))}\n"
+    found = re.fullmatch(r"([A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+)/(.+)", given)
+    if not found or given.startswith((".", "/", "~")):
+        raise InputError(f"{given}: no such file, and not OWNER/REPO/FILE on the Hub")
+    return f"# Importance matrix: AWQ scaling for the rules that ask for it.\nimatrix:\n  repo: {found[1]}\n  file: {json.dumps(found[2])}\n"
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """The path from the YAML file's folder where that is shorter to read, else absolute."""
+    path, folder = path.resolve(), folder.resolve()
+    return f"./{path.relative_to(folder)}" if path.is_relative_to(folder) else str(path)
+
+
+def json_schema() -> str:
+    """JSON Schema (draft 2020-12) of variants.yaml, from the same model that checks it."""
+    schema = Ladder.model_json_schema(mode="validation")
+    properties = schema["properties"]
+    for key in ("base", "imatrix"):  # a bare string is accepted for both: a Hub id or a path
+        spec = properties[key]
+        kinds = spec.pop("anyOf", None) or [{"$ref": spec.pop("$ref")}]
+        properties[key] = {"anyOf": [{"type": "string"}, *kinds], **spec}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "variants.yaml"}
+    return json.dumps(schema, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

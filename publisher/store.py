@@ -1,0 +1,105 @@
+"""Where things lie below the output folder, and how they are written: atomically, as sorted JSON.
+
+    out/<ID>/                        one variant, exactly what is pushed: weights, config, tokenizer, README.md, manifest.json
+    out/results/<weights hash>/      build.json smoke.json bench.json
+    out/receipts/<ID>.json           what was pushed
+    out/base.json                    content hashes of the base's tensors, kept while its files' size and time stay
+    out/staging/<ID>-<inputs>/       a build under way
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from inference.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Store:
+    """Paths below one output folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def variant(self, id: str) -> Path:
+        return self.root / id
+
+    def manifest(self, id: str) -> Path:
+        return self.root / id / "manifest.json"
+
+    def results(self, weights_hash: str) -> Path:
+        return self.root / "results" / weights_hash
+
+    def receipt(self, id: str) -> Path:
+        return self.root / "receipts" / f"{id}.json"
+
+    def staging(self, id: str, key: str) -> Path:
+        return self.root / "staging" / f"{id}-{key[:16]}"
+
+    @property
+    def base(self) -> Path:
+        return self.root / "base.json"
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write to a temporary file beside `path`, then move it into place: readers see the old or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_model(path: Path, model: BaseModel) -> None:
+    write_text(path, json.dumps(model.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_model(path: Path, kind: type[Model]) -> Model | None:
+    """The file as a model, or None if it is not there. Raises InputError (one line) if it does not parse."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return None
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise InputError(f"{path.name} ({path.parent.name}): {where}: {first['msg']}; delete the file to redo it") from None
+
+
+def read_result(path: Path, kind: type[Model]) -> Model | None:
+    """Like read_model, but a result that no longer parses counts as missing: it is measured again, never guessed at."""
+    try:
+        return read_model(path, kind)
+    except InputError:
+        return None

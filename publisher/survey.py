@@ -1,0 +1,147 @@
+"""A look at the whole ladder: the plan of every variant, what lies on disk, and what of it is not current.
+
+Reads headers, results and hashes; writes nothing; needs no MLX. `status`, `plan`, `build`, `card` and `push` start here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inference.errors import InputError
+from inference.layout import Target
+from quant.source import source_hash_of
+from quant.version import QUANT_VERSION, SOLVER
+
+from .base import ResolvedBase, known_imatrix, known_source_hash, remember_source_hash, resolve_base
+from .plan import VariantPlan, build_inputs, plan_variant, select_targets
+from .protocol import BENCH_VERSION, SMOKE_VERSION, bench_settings, ceiling, smoke_settings
+from .schema import BaseInput, Bench, BuildInputs, ImatrixInput, Manifest, Smoke
+from .staleness import State, bench_reasons, smoke_reasons, weights_reasons
+from .store import read_model, read_result
+from .variants import Project
+
+if TYPE_CHECKING:
+    from .hub import Hub
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One variant: its plan, today's inputs, and what is on disk for it. inputs None: the imatrix is not here yet."""
+
+    id: str
+    plan: VariantPlan
+    inputs: BuildInputs | None
+    manifest: Manifest | None
+    smoke: Smoke | None
+    bench: Bench | None
+    state: State
+
+
+@dataclass(frozen=True)
+class Survey:
+    project: Project
+    base: ResolvedBase
+    rungs: dict[str, Rung]
+
+
+def survey(
+    project: Project, hub: Callable[[], Hub], weights: bool = False, cards: bool = True, ids: Sequence[str] | None = None
+) -> Survey:
+    """weights: download the base if need be. cards: also compare every built variant's card with what would be rendered.
+    ids: look at these variants only."""
+    base = resolve_base(project, hub, weights)
+    rungs = {id: _rung(project, base, id) for id in ids or project.ladder.variants}
+    if cards:
+        rungs = {id: _with_card(rung, reasons) for rung, reasons in _cards(project, base, rungs) for id in [rung.id]}
+    return Survey(project, base, rungs)
+
+
+def _rung(project: Project, base: ResolvedBase, id: str) -> Rung:
+    plan = plan_variant(project, id, base.checkpoint, base.targets)
+    manifest = read_manifest(project, id)
+    source = project.imatrix(id)
+    imatrix: ImatrixInput | None = known_imatrix(project, source) if source else None
+    inputs = None
+    if imatrix or not (source and any(p.awq for p in plan.plans)):
+        inputs = build_inputs(project, plan, base_input(project, base, id, manifest), imatrix, SOLVER, QUANT_VERSION)
+    smoke = bench = None
+    if manifest:
+        results = project.store.results(manifest.weights_hash)
+        smoke, bench = read_result(results / "smoke.json", Smoke), read_result(results / "bench.json", Bench)
+        smoke = smoke if smoke and smoke.weights_hash == manifest.weights_hash else None
+        bench = bench if bench and bench.weights_hash == manifest.weights_hash else None
+    weights = weights_reasons(manifest, inputs)
+    base_hash = manifest.inputs.base.source_hash if manifest else ""
+    state = State(
+        id,
+        weights=weights,
+        smoke=smoke_reasons(smoke, SMOKE_VERSION, smoke_settings(project), base_hash, ceiling(project, id))
+        if not weights
+        else ["weights are stale"],
+        bench=bench_reasons(bench, BENCH_VERSION, bench_settings(project), base_hash) if not weights else ["weights are stale"],
+        card=[] if manifest else ["not rendered"],
+        failed=failure(smoke),
+    )
+    return Rung(id, plan, inputs, manifest, smoke, bench, state)
+
+
+def failure(smoke: Smoke | None) -> str | None:
+    """The first check that failed, in words; None if the test passed or did not run."""
+    if smoke is None or smoke.passed:
+        return None
+    bad = next((c for c in smoke.checks if not c.passed), None)
+    return f"{bad.name}: {bad.detail}" if bad else "failed"
+
+
+def read_manifest(project: Project, id: str) -> Manifest | None:
+    """The manifest, or None. Raises InputError if it is of another variant."""
+    manifest = read_model(project.store.manifest(id), Manifest)
+    if manifest and manifest.id != id:
+        raise InputError(f"{id}/manifest.json: is of variant {manifest.id}; delete the folder to build it again")
+    return manifest
+
+
+def base_input(project: Project, base: ResolvedBase, id: str, manifest: Manifest | None) -> BaseInput:
+    """Identity of the base as this variant uses it. The source is read only if there is something to compare with and
+    its files are not those whose hash is known."""
+    targets: list[Target] = select_targets(project, id, base.targets)
+    known = known_source_hash(project, base, targets)
+    if known is None and manifest is not None:
+        if base.commit and base.commit == manifest.inputs.base.commit:
+            known = manifest.inputs.base.source_hash  # a commit fixes the bytes
+        elif base.weights:
+            known = source_hash_of(targets)
+            remember_source_hash(project, base, targets, known)
+    return BaseInput(name=base.name, commit=base.commit, source_hash=known or "")
+
+
+def _cards(project: Project, base: ResolvedBase, rungs: dict[str, Rung]) -> list[tuple[Rung, list[str]]]:
+    from .card import gather, render  # noqa: PLC0415 - jinja2 only where cards are looked at
+
+    templates = card_templates(project)
+    facts = gather(project, base.folder)
+    out = []
+    for id, rung in rungs.items():
+        reasons = list(rung.state.card)
+        if rung.manifest:
+            path = project.store.variant(id) / "README.md"
+            text = path.read_text(encoding="utf-8") if path.is_file() else None
+            if text is None:
+                reasons = ["not rendered"]
+            elif text != render(facts, id, templates):
+                reasons = ["differs from what would be rendered"]
+        out.append((rung, reasons))
+    return out
+
+
+def card_templates(project: Project) -> Path | None:
+    return project.local(project.ladder.card.templates) if project.ladder.card.templates else None
+
+
+def _with_card(rung: Rung, reasons: list[str]) -> Rung:
+    from dataclasses import replace  # noqa: PLC0415
+
+    return replace(rung, state=replace(rung.state, card=reasons))

@@ -1,0 +1,94 @@
+"""`publish chat`: a conversation in the terminal with a variant, through its own chat template."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from inference.checkpoint import read_json
+from inference.errors import InputError
+from inference.generate import Sampling, chat, generate
+from inference.load import Model, load
+
+from .report import Report
+from .variants import load_project
+
+GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+HELP = "Ctrl-D leaves; /new starts over"
+
+
+def find_folder(file: Path, name: str) -> Path:
+    """A variant of the ladder by id, or a folder by path. Raises InputError."""
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    project = load_project(file)
+    (id,) = project.select([name])
+    folder = project.store.variant(id)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{id}: not built; run: publish build {id}")
+    return folder
+
+
+def sampling_of(folder: Path, given: dict[str, Any]) -> Sampling:
+    """The model's own sampling (generation_config.json) under what was given. Greedy if the model says do_sample false."""
+    own: dict[str, Any] = {}
+    path = folder / "generation_config.json"
+    if path.is_file():
+        config = read_json(path)
+        if config.get("do_sample"):
+            own = {k: config[k] for k in GENERATION_KEYS if isinstance(config.get(k), int | float)}
+    values = {**own, **{k: v for k, v in given.items() if v is not None and k in (*GENERATION_KEYS, "seed")}}
+    return Sampling(**values)
+
+
+def talk(
+    folder: Path, prompt: str | None, think: bool | None, given: dict[str, Any], echo: Callable[..., None], report: Report
+) -> None:
+    """One question, or a conversation until end of file. The caches stay, so that a turn prefills only what is new."""
+    model = load(folder)
+    sampling, max_tokens = sampling_of(folder, given), given["max_tokens"]
+    variables = {} if think is None else {"enable_thinking": think}
+    if prompt is not None:
+        _answer(model, [], prompt, model.make_cache(), sampling, max_tokens, variables, echo)
+        return
+    if sys.stdin.isatty():
+        report.line(f"{folder.name}: {model.nbytes / 1e9:.2f} GB in memory. {HELP}")
+    messages: list[dict[str, Any]] = []
+    cache = model.make_cache()
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if question == "/new":
+            messages, cache = [], model.make_cache()
+        elif question:
+            answer = _answer(model, messages, question, cache, sampling, max_tokens, variables, echo)
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _answer(
+    model: Model,
+    messages: list[dict[str, Any]],
+    question: str,
+    cache: Any,
+    sampling: Sampling,
+    max_tokens: int,
+    variables: dict[str, Any],
+    echo: Callable[..., None],
+) -> str:
+    """Stream one answer; returns its text. A model without a chat template continues the text instead."""
+    text: list[str] = []
+    if model.tokenizer.template is None:
+        tokens = generate(model, model.tokenizer.encode(question), max_tokens=max_tokens, sampling=sampling)
+    else:
+        asked = [*messages, {"role": "user", "content": question}]
+        tokens = chat(model, asked, cache=cache, max_tokens=max_tokens, sampling=sampling, **variables)
+    for token in tokens:
+        text.append(token.text)
+        echo(token.text, nl=False)
+    echo("")
+    return "".join(text)

@@ -1,0 +1,294 @@
+"""Reading variants.yaml: YAML with line numbers → `Ladder`, and what follows from it alone (recipes, repo names, paths).
+
+Every mistake is one line that names the file, the line, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from inference.errors import InputError
+from quant.builtin import BUILTIN
+from quant.recipe import Recipe, Rule
+
+from .schema import ImatrixSource, Ladder, Lock, RecipeSpec, RuleSpec, VariantSpec
+from .store import Store, read_model
+
+MAX_YAML_BYTES = 1_000_000
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class Project:
+    """A ladder as loaded from a file, with everything that depends on where the file lies."""
+
+    ladder: Ladder
+    path: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.folder / Path(self.ladder.output).expanduser())
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path.with_suffix(".lock")
+
+    def lock(self) -> Lock:
+        """The lock file, or an empty one. Raises InputError if it does not parse."""
+        return read_model(self.lock_path, Lock) or Lock()
+
+    @property
+    def base_name(self) -> str:
+        """Hub id of the base, or the name given to its folder."""
+        base = self.ladder.base
+        return base.repo or base.name or self.local(base.path or "").name
+
+    def local(self, path: str) -> Path:
+        """A path of variants.yaml, relative to that file."""
+        return (self.folder / Path(path).expanduser()).resolve()
+
+    def variant(self, id: str) -> VariantSpec:
+        return self.ladder.variants[id]
+
+    def repo(self, id: str) -> str:
+        """Repo of a variant: owner/name, or the bare name while no owner is set."""
+        own = self.variant(id).repo
+        if own:
+            return own
+        name = self.ladder.repo.format(base=self.base_name.split("/")[-1], id=id)
+        return f"{self.ladder.owner}/{name}" if self.ladder.owner else name
+
+    def group_size(self, id: str) -> int:
+        return self.variant(id).group_size or self.ladder.group_size
+
+    def mtp(self, id: str) -> str:
+        return self.variant(id).mtp or self.ladder.mtp
+
+    def vision(self, id: str) -> str:
+        return self.variant(id).vision or self.ladder.vision
+
+    def imatrix(self, id: str) -> ImatrixSource | None:
+        own = self.variant(id).imatrix
+        return self.ladder.imatrix if own is None else (own or None)
+
+    def recipe(self, id: str) -> Recipe:
+        """The recipe of a variant, its own rules first. Raises InputError for an unknown or circular recipe."""
+        spec = self.variant(id)
+        recipe = self._named(spec.recipe or self.ladder.recipe, (f"variants.{id}.recipe",))
+        if spec.rules:
+            recipe = replace(recipe, rules=(*map(to_rule, spec.rules), *recipe.rules))
+        if spec.awq_exponent is not None:
+            recipe = replace(recipe, awq_exponent=spec.awq_exponent)
+        if spec.smoke_kld is not None:
+            recipe = replace(recipe, smoke_kld=((spec.bits, spec.smoke_kld),))
+        return recipe
+
+    def _named(self, name: str, trail: tuple[str, ...]) -> Recipe:
+        if name in trail:
+            raise InputError(f"{self.path.name}: recipes.{name} extends itself: {' → '.join((*trail[1:], name))}")
+        own = self.ladder.recipes.get(name)
+        if own is None:
+            if name not in BUILTIN:
+                known = ", ".join(sorted({*BUILTIN, *self.ladder.recipes}))
+                raise InputError(f"{self.path.name}: {trail[-1]}: recipe {name!r} is unknown; known: {known}")
+            return BUILTIN[name]
+        parent = self._named(own.extends, (*trail, name)) if own.extends else Recipe(name, ())
+        return _extend(parent, name, own)
+
+    def select(self, ids: Iterable[str], all_variants: bool = True) -> list[str]:
+        """The named variants in the ladder's order, or all. Raises InputError for an unknown id."""
+        ids = list(ids)
+        known = list(self.ladder.variants)
+        for id in ids:
+            if id not in known:
+                near = difflib.get_close_matches(id, known, 1, 0.3)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise InputError(f"{self.path.name}: no variant {id!r}; known: {', '.join(known)}{hint}")
+        if not ids and not all_variants:
+            raise InputError("name at least one variant, or give --all")
+        return [i for i in known if i in ids] if ids else known
+
+
+def to_rule(spec: RuleSpec) -> Rule:
+    layers = tuple(spec.layers) if isinstance(spec.layers, list) else spec.layers
+    return Rule(
+        spec.match, spec.bits, spec.group_size, spec.mode, spec.awq, spec.why, layers, spec.optional
+    )  # fmt: skip
+
+
+def _extend(parent: Recipe, name: str, own: RecipeSpec) -> Recipe:
+    return Recipe(
+        name,
+        (*map(to_rule, own.rules), *parent.rules),
+        parent.awq_exponent if own.awq_exponent is None else own.awq_exponent,
+        tuple(sorted(own.smoke_kld.items())) if own.smoke_kld else parent.smoke_kld,
+        own.origin or (f"extends {parent.name}: {parent.origin}" if parent.rules else ""),
+    )
+
+
+def load_project(path: Path) -> Project:
+    """Read and check variants.yaml, its recipes and the files it names. Raises InputError."""
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise InputError(f"{path.name}: larger than {MAX_YAML_BYTES} bytes")
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; `publish init BASE` writes one") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path.name}: not UTF-8 at byte {e.start}") from None
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    data, lines = parse_yaml(text, path.name)
+    try:
+        ladder = Ladder.model_validate(data)
+    except ValidationError as e:
+        raise InputError(_explain(e, lines, path.name)) from None
+    project = Project(ladder, path.absolute())
+    for id in ladder.variants:
+        project.recipe(id)
+    _check_files(project, lines)
+    return project
+
+
+def parse_yaml(text: str, name: str) -> tuple[Any, dict[tuple[Any, ...], int]]:
+    """(value, line of every key path). Safe tags only; a key that appears twice, an alias or deep nesting is an error."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[tuple[Any, ...], int] = {}
+        value = None if node is None else _build(node, (), lines, name)
+    except yaml.MarkedYAMLError as e:
+        line = e.problem_mark.line + 1 if e.problem_mark else 1
+        raise InputError(f"{name}:{line}: not YAML: {e.problem}") from None
+    except yaml.YAMLError as e:
+        raise InputError(f"{name}: not YAML: {' '.join(str(e).split())[:160]}") from None
+    except RecursionError:
+        raise InputError(f"{name}: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{name}:1: found {type(value).__name__}, expected keys such as base and variants")
+    return value, lines
+
+
+_constructor = yaml.constructor.SafeConstructor()
+
+
+def _build(node: yaml.Node, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], name: str) -> Any:
+    line = node.start_mark.line + 1
+    lines.setdefault(path, line)
+    if len(path) > MAX_DEPTH:
+        raise InputError(f"{name}:{line}: nested more than {MAX_DEPTH} deep")
+    if isinstance(node, yaml.MappingNode):
+        out: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = _build(key_node, (*path, "?"), {}, name)
+            at = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise InputError(f"{name}:{at}: key {key!r} is a {type(key).__name__}; put it in quotes")
+            if key in out:
+                first = lines[(*path, key)]
+                raise InputError(f"{name}:{at}: {key!r} appears twice; first on line {first}")
+            lines[(*path, key)] = at
+            out[key] = _build(value_node, (*path, key), lines, name)
+        return out
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(n, (*path, i), lines, name) for i, n in enumerate(node.value)]
+    try:
+        return _constructor.construct_object(node)
+    except ValueError as e:
+        raise InputError(f"{name}:{line}: {e}") from None
+
+
+def _explain(error: ValidationError, lines: dict[tuple[Any, ...], int], name: str) -> str:
+    """One line for the first mistake: file, line, key, what was found, what is allowed."""
+    first = min(error.errors(), key=lambda e: (_line_of(e["loc"], lines)[0], len(e["loc"])))
+    line, keys = _line_of(first["loc"], lines)
+    same = [e for e in error.errors() if _line_of(e["loc"], lines)[1] == keys]
+    where = ".".join(map(str, keys)) or "file"
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        allowed = _allowed_keys(keys[:-1])
+        near = difflib.get_close_matches(key, allowed, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{name}:{line}: {where}: unknown key; allowed: {', '.join(allowed)}{hint}"
+    if first["type"] == "missing":
+        return f"{name}:{line}: {where}: {first['loc'][-1]} is missing"
+    expected = " or ".join(dict.fromkeys(_expected(e) for e in same))
+    found = first["input"]
+    if "7" in str(found) and keys and keys[-1] == "bits":
+        expected += " (MLX stores no 7-bit weights)"
+    return f"{name}:{line}: {where}: found {_short(found)}; expected {expected}"
+
+
+def _expected(error: Any) -> str:
+    message = error["msg"]
+    for prefix in ("Value error, expected ", "Value error, ", "Input should be "):
+        if message.startswith(prefix):
+            return message.removeprefix(prefix)
+    if error["type"] == "string_pattern_mismatch":
+        pattern = error["ctx"]["pattern"]
+        return {
+            r"^N(\+[0-9])?$": "N or N+1 …",
+            r"^[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+$": "owner/name",
+            r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$": "letters, digits, '.', '_' and '-'",
+            r"^[A-Za-z0-9_.\-]+$": "letters, digits, '.', '_' and '-'",
+        }.get(pattern, f"text like {pattern}")
+    return message[:1].lower() + message[1:]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _line_of(loc: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> tuple[int, tuple[Any, ...]]:
+    """Line and key path of a pydantic location: the longest prefix that is in the file (union tags are left out)."""
+    path: tuple[Any, ...] = ()
+    for part in loc:
+        if (*path, part) in lines:
+            path = (*path, part)
+    return lines.get(path, 1), path
+
+
+def _allowed_keys(path: tuple[Any, ...]) -> list[str]:
+    """Keys of the model at a path of the file."""
+    models: dict[str, Any] = {"variants": VariantSpec, "recipes": RecipeSpec, "rules": RuleSpec}
+    model: Any = Ladder
+    for part in path:
+        if part in models:
+            model = models[part]
+        elif isinstance(part, str) and part in getattr(model, "model_fields", {}):
+            kind = model.model_fields[part].annotation
+            model = next((a for a in (kind, *getattr(kind, "__args__", ())) if hasattr(a, "model_fields")), model)
+    return list(model.model_fields)
+
+
+def _check_files(project: Project, lines: dict[tuple[Any, ...], int]) -> None:
+    """Local files that variants.yaml names must be there."""
+    ladder = project.ladder
+    named: list[tuple[tuple[Any, ...], str | None]] = [
+        (("base", "path"), ladder.base.path),
+        (("imatrix", "path"), ladder.imatrix.path if ladder.imatrix else None),
+        (("smoke", "text"), ladder.smoke.text),
+        (("card", "templates"), ladder.card.templates),
+    ]
+    for id, spec in ladder.variants.items():
+        if spec.imatrix:
+            named.append((("variants", id, "imatrix", "path"), spec.imatrix.path))
+    for keys, value in named:
+        if value is not None and not project.local(value).exists():
+            line, found = _line_of(keys, lines)
+            raise InputError(
+                f"{project.path.name}:{line}: {'.'.join(map(str, found))}: found {value!r}, expected an existing "
+                "path, relative to this file"
+            )

@@ -1,0 +1,140 @@
+"""What stands beside the shards of a variant: config, index, files copied from the base, final move."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from inference.checkpoint import ITEMSIZE, QuantSpec, count
+from inference.errors import InputError
+
+from .recipe import TensorPlan
+from .shards import MTP_FILE, Stored
+
+INDEX = "model.safetensors.index.json"
+# tokenizer, template, generation and processor files of the published Qwen3.5 repositories, and the licence texts.
+# Never Python: a variant holds no code.
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def quantized_config(config: Mapping[str, Any], plans: Iterable[TensorPlan], mtp_tensors: int = 0) -> dict[str, Any]:
+    """config.json of a variant: the base's, key order kept, without `_name_or_path`, with `quantization`.
+
+    The top level of the block is the format of most modules; every quantized module also has its own entry, so that no
+    reader has to guess. A module that has none is stored unquantized (it has no `.scales` either). Two equal blocks,
+    `quantization` and `quantization_config`, as mlx-lm writes them; neither if nothing is quantized. mtp_tensors: how
+    many tensors the side file holds, if there is one.
+    """
+    out = {k: v for k, v in config.items() if k != "_name_or_path"}
+    specs = {p.target.module: p.spec for p in plans if p.spec is not None}
+    if specs:
+        ranked = Counter(specs.values()).most_common()
+        common = min(spec for spec, n in ranked if n == ranked[0][1])
+        block = {**_entry(common), **{module: _entry(spec) for module, spec in specs.items()}}
+        out["quantization"] = block
+        out["quantization_config"] = block
+    if mtp_tensors:
+        out["mlx_lm_extra_tensors"] = {"mtp_file": MTP_FILE, "mtp_tensor_count": mtp_tensors}
+    return out
+
+
+def _entry(spec: QuantSpec) -> dict[str, Any]:
+    return {"group_size": spec.group_size, "bits": spec.bits, "mode": spec.mode}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def index_json(tensors: Sequence[tuple[Stored, str]], params: int) -> dict[str, Any]:
+    """The index of (stored tensor, file name) pairs. params: unpacked parameters, vision included."""
+    return {
+        "metadata": {
+            "total_size": sum(ITEMSIZE[t.dtype] * count(t.shape) for t, _ in tensors),
+            "total_parameters": params,
+        },
+        "weight_map": {t.name: file for t, file in sorted(tensors, key=lambda p: p[0].name)},
+    }
+
+
+def weights_hash(tensors: Iterable[tuple[str, str, Sequence[int], str]], quantization: Mapping[str, Any] | None) -> str:
+    """sha256 of the values that a variant computes with: every stored tensor's name, dtype, shape and bytes, and how to
+    read them. Independent of sharding, of the card and of side files."""
+    rows = sorted([name, dtype, list(shape), sha] for name, dtype, shape, sha in tensors)
+    return hashlib.sha256(canonical({"tensors": rows, "quantization": quantization})).hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """One JSON text for one value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def side_files(base: Path) -> list[Path]:
+    """Files of the base folder that every variant ships. Raises InputError for a link that leaves the folder.
+
+    In a snapshot of the Hugging Face cache every file is a link into `blobs`, which is allowed.
+    """
+    roots = [base.resolve()]
+    if base.absolute().parent.name == "snapshots":
+        roots.append((base.absolute().parent.parent / "blobs").resolve())
+    found: list[Path] = []
+    for pattern in SIDE_FILES:
+        for path in sorted(base.glob(pattern)):
+            real = path.resolve()
+            if not any(real.is_relative_to(root) for root in roots):
+                raise InputError(
+                    f"{base.name}/{path.name}: links to {real}, outside the base folder; copy the file itself"
+                )
+            if real.is_file() and path.suffix != ".py":
+                found.append(path)
+    return found
+
+
+def copy_side_files(paths: Iterable[Path], folder: Path) -> None:
+    for path in paths:
+        shutil.copyfile(path, folder / path.name)
+
+
+def hash_files(folder: Path, known: Iterable[tuple[str, int, str]]) -> list[tuple[str, int, str]]:
+    """(name, bytes, sha256) of every file in the folder, sorted; those in `known` are not read again."""
+    have = {name: (size, sha) for name, size, sha in known}
+    out = []
+    for path in sorted(folder.iterdir()):
+        if path.name in have:
+            out.append((path.name, *have[path.name]))
+        else:
+            with open(path, "rb") as f:
+                out.append((path.name, path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()))
+    return out
+
+
+def finish(staging: Path, final: Path) -> None:
+    """Move staging/files to its final name, in place of whatever folder has it, and remove the rest of the staging.
+
+    Both must be on one filesystem. The old folder is set aside by a rename, so that the final name is never half-done;
+    it is removed afterwards, stale shards and all.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".{final.name}.old")
+    if aside.exists() and final.exists():
+        shutil.rmtree(aside)  # left by a kill between the moves below and the removal
+    if final.exists():
+        os.rename(final, aside)
+    try:
+        os.rename(staging / "files", final)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, final)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(staging)

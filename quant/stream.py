@@ -1,0 +1,338 @@
+"""One pass over the source: read a band, fold it, solve every format that any variant wants of it, hash and write.
+
+Threads: one reads and hashes the source, WORKERS solve, two hash stored tensors, one a variant writes and hashes its
+files. Every queue is in source order, so what is written does not depend on timing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from threading import local
+from typing import Any
+
+import numpy as np
+
+from inference.backend import BACKEND, mx
+from inference.checkpoint import ITEMSIZE, row_bands
+from inference.errors import CheckpointError, InputError
+from inference.layout import Target, read_band
+
+from .awq import Fold
+from .job import Key, Lane, disk_order
+from .recipe import TensorPlan
+from .solve import solve
+
+LOOKAHEAD = 3  # bands
+# CPU streams that solve: mx.quantize takes 0.55 GB/s of bf16 in one, 1.0 in two (two cores); a GPU gets one
+WORKERS = 2 if BACKEND == "cpu" else 1
+EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00}  # all ones: infinite or not a number
+MLX_DTYPE = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the pass over the source is, in source bytes."""
+
+    target: str
+    bytes_done: int
+    bytes_total: int
+
+
+class SourceChanged(Exception):
+    """What an earlier run kept was made from other source bytes."""
+
+
+def run_pass(lanes: Sequence[Lane], progress: Callable[[Progress], None] | None, band_bytes: int) -> int:
+    """One pass; returns the bytes read. All threads have ended when it returns or raises."""
+    pass_ = Pass(lanes, band_bytes)
+    try:
+        return pass_.run(progress)
+    finally:
+        pass_.shut()
+
+
+class _Product:
+    """One result in the making, shared by the lanes that want it."""
+
+    def __init__(self, key: Key, plan: TensorPlan, fold: Fold | None, stats: np.ndarray | None) -> None:
+        self.key, self.plan, self.fold, self.statistics = key, plan, fold, stats
+        self.lanes: list[Lane] = []
+        self.sha = [hashlib.sha256() for _ in plan.stored()]
+        self.rest: list[list[memoryview]] = [[] for _ in plan.stored()[1:]]  # bands of scales, of biases
+
+    def hash(self, part: int, pieces: list[memoryview]) -> None:
+        for piece in pieces:
+            self.sha[part].update(piece)
+
+    def digests(self) -> tuple[str, ...]:
+        return tuple(h.hexdigest() for h in self.sha)
+
+
+@dataclass
+class _Band:
+    """Rows [start, stop) of a target in flight; `source` of the last one is the sha256 of the target's source bytes."""
+
+    target: Target
+    start: int
+    stop: int
+    last: bool
+    products: list[_Product]
+    raw: Future[tuple[np.ndarray, str]]
+    prepared: dict[tuple[str, str], Future[mx.array]] = field(default_factory=dict)
+    solved: list[Future[list[memoryview]]] = field(default_factory=list)
+
+
+class Pass:
+    """Threads and queues of one pass over the source."""
+
+    def __init__(self, lanes: Sequence[Lane], band_bytes: int) -> None:
+        self.lanes, self.band_bytes = lanes, band_bytes
+        self._streams = local()
+        self.reader = ThreadPoolExecutor(1, "read")
+        self.solvers = ThreadPoolExecutor(WORKERS, "solve", self._own_stream)
+        self.hashers = [ThreadPoolExecutor(1, f"hash{i}") for i in range(2)]
+        self.writers = {id(lane): ThreadPoolExecutor(1, f"write-{lane.job.variant}") for lane in lanes}
+        self.source_sha: Any = None
+        self.read = 0
+
+    def _own_stream(self) -> None:
+        self._streams.stream = mx.new_stream(mx.default_device())
+
+    def shut(self) -> None:
+        pools = [self.reader, self.solvers, *self.hashers, *self.writers.values()]
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(wait=True)
+        for lane in self.lanes:
+            lane.writer.close()
+
+    def run(self, progress: Callable[[Progress], None] | None) -> int:
+        for future in [self.writers[id(lane)].submit(lane.writer.resume) for lane in self.lanes]:
+            future.result()
+        for lane in self.lanes:
+            lane.resumed = len(lane.writer.records)
+        kept = self._kept_sources()
+        fingerprint = _fingerprint(self.lanes)
+        trusted = all(_read_fingerprint(lane) == fingerprint for lane in self.lanes if lane.resumed)
+        for lane in self.lanes:
+            if not lane.resumed:
+                _write_fingerprint(lane, fingerprint)
+        todo = self._todo(kept, trusted)
+        total, done = sum(_source_bytes(t) for t, _ in todo), 0
+
+        flying: deque[_Band] = deque()
+        writing: deque[list[Future[Any]]] = deque()
+
+        def land() -> None:
+            nonlocal done
+            band = flying.popleft()
+            writing.append(self._land(band, kept))
+            if len(writing) >= LOOKAHEAD:
+                _wait(writing.popleft())
+            done += band.raw.result()[0].nbytes
+            if progress:
+                progress(Progress(band.target.name, done, total))
+
+        for target, products in todo:
+            for band in self._bands(target, products):
+                if flying:
+                    self._solve_all(flying[-1])  # after this band's reading and folding, so that no solver waits for it
+                flying.append(band)
+                if len(flying) > LOOKAHEAD:
+                    land()
+        if flying:
+            self._solve_all(flying[-1])
+        while flying:
+            land()
+        while writing:
+            _wait(writing.popleft())
+        for lane in self.lanes:
+            _write_fingerprint(lane, fingerprint)
+        return self.read
+
+    def _kept_sources(self) -> dict[str, str]:
+        """sha256 of the source by target, as the journals have it. Raises SourceChanged if two of them differ."""
+        kept: dict[str, str] = {}
+        for lane in self.lanes:
+            for record in lane.writer.records:
+                if kept.setdefault(record.target, record.source) != record.source:
+                    raise SourceChanged
+        return kept
+
+    def _todo(self, kept: Mapping[str, str], trusted: bool) -> list[tuple[Target, list[_Product]]]:
+        """Targets to read, in disk order, each with the distinct results wanted of it (none: only to be checked)."""
+        first: dict[str, TensorPlan] = {}
+        for lane in self.lanes:
+            for plan in lane.plans:
+                known = first.setdefault(plan.target.name, plan).target
+                if replace(known, dtype="") != replace(plan.target, dtype=""):
+                    raise InputError(f"{plan.target.name}: the variants of one run must have one source")
+        out: list[tuple[Target, list[_Product]]] = []
+        for plan in sorted(first.values(), key=disk_order):
+            name = plan.target.name
+            products: dict[Key, _Product] = {}
+            for lane in self.lanes:
+                index = lane.position.get(name)
+                if index is None or index < lane.resumed:
+                    continue
+                mine = lane.plans[index]
+                key = lane.key(mine)
+                if key not in products:
+                    stats = lane.job.statistics.get(mine.target.module) if key.statistics else None
+                    products[key] = _Product(key, mine, lane.job.folds.get(name), stats)
+                products[key].lanes.append(lane)
+            if products or not (trusted and name in kept):
+                out.append((plan.target, list(products.values())))
+        return out
+
+    def _bands(self, target: Target, products: list[_Product]) -> Iterator[_Band]:
+        """Start reading and folding, band after band."""
+        rows = target.shape[0] if target.shape else 1
+        for start, stop in row_bands(target.source, self.band_bytes):
+            raw = self.reader.submit(self._read, target, start, stop, stop == rows)
+            band = _Band(target, start, stop, stop == rows, products, raw)
+            for p in products:
+                form = (p.key.dtype, p.key.fold)
+                if not _copies(p) and form not in band.prepared:
+                    band.prepared[form] = self.solvers.submit(self._prepare, raw, p.plan.target, p.fold, start, stop)
+            yield band
+
+    def _solve_all(self, band: _Band) -> None:
+        for p in band.products:
+            if _copies(p):
+                band.solved.append(self.solvers.submit(_copy, band.raw))
+            else:
+                prepared = band.prepared[p.key.dtype, p.key.fold]
+                band.solved.append(self.solvers.submit(self._solve, prepared, p, band.start, band.stop))
+
+    def _read(self, target: Target, start: int, stop: int, last: bool) -> tuple[np.ndarray, str]:
+        """One band of the source, hashed, checked for values that are not finite. On the reader's thread, in order."""
+        if start == 0:
+            self.source_sha = hashlib.sha256()
+        raw = read_band(target, start, stop)
+        self.source_sha.update(_bytes(raw))
+        self.read += raw.nbytes
+        if not _finite(raw, target.source.dtype):
+            raise CheckpointError(f"{target.source.file.name}: {target.source.name} holds values that are not finite")
+        return raw, self.source_sha.hexdigest() if last else ""
+
+    def _prepare(
+        self, raw: Future[tuple[np.ndarray, str]], target: Target, fold: Fold | None, start: int, stop: int
+    ) -> mx.array:
+        """A band in the type that is stored: 1 + w and the fold in float32, rounded once."""
+        with mx.stream(self._streams.stream):
+            x = mx.array(raw.result()[0])
+            if target.source.dtype == "BF16":
+                x = x.view(mx.bfloat16)
+            if _changes(target, fold):
+                x = x.astype(mx.float32)
+                if target.op == "plus_one":
+                    x = 1.0 + x
+                if fold is not None and fold.columns is not None:
+                    x = x * mx.array(fold.columns)
+                if fold is not None and fold.rows is not None:
+                    rows = mx.array(fold.rows[start:stop])
+                    x = x * (rows if x.ndim == 1 else rows[:, None])
+                x = x.astype(MLX_DTYPE[target.dtype])
+                if target.dtype == "F16" and not mx.isfinite(x).all().item():
+                    raise CheckpointError(f"{target.name}: exceeds the range of float16")
+            mx.eval(x)
+            return x
+
+    def _solve(self, prepared: Future[mx.array], product: _Product, start: int, stop: int) -> list[memoryview]:
+        """Bytes of one band: [values], or [codes, scales] and, if affine, biases."""
+        x = prepared.result()
+        with mx.stream(self._streams.stream):
+            if product.key.spec is None:
+                return [_view(x)]
+            stats = product.statistics
+            if stats is not None:
+                if stats.ndim == 2:
+                    stats = stats[start:stop, None]
+                if product.fold is not None and product.fold.columns is not None:
+                    stats = stats / product.fold.columns**2  # of the inputs that the folded weight will see
+            packed = solve(x, None if stats is None else mx.array(stats), product.key.spec, product.key.solver)
+            return [_view(p) for p in (packed.codes, packed.scales, packed.biases) if p is not None]
+
+    def _land(self, band: _Band, kept: dict[str, str]) -> list[Future[Any]]:
+        """Hand one solved band to the threads that hash and write it."""
+        _, source = band.raw.result()
+        if band.last and kept.setdefault(band.target.name, source) != source:
+            raise SourceChanged
+        batch: list[Future[Any]] = []
+        for i, (product, solved) in enumerate(zip(band.products, band.solved, strict=True)):
+            hasher = self.hashers[i % len(self.hashers)]
+            codes, *rest = solved.result()
+            for pieces, piece in zip(product.rest, rest, strict=True):
+                pieces.append(piece)
+            parts = [[codes], *(product.rest if band.last else [])]
+            batch += [hasher.submit(product.hash, part, pieces) for part, pieces in enumerate(parts)]
+            digests = hasher.submit(product.digests) if band.last else None
+            for lane in product.lanes:
+                writer = self.writers[id(lane)]
+                batch += [writer.submit(lane.write, band.target, part, pieces) for part, pieces in enumerate(parts)]
+                if digests is not None:
+                    batch.append(writer.submit(lane.commit, band.target, source, digests))
+        return batch
+
+
+def _changes(target: Target, fold: Fold | None) -> bool:
+    """Whether stored values differ from the source's."""
+    return target.op == "plus_one" or fold is not None or target.dtype != target.source.dtype
+
+
+def _copies(product: _Product) -> bool:
+    return product.key.spec is None and not _changes(product.plan.target, product.fold)
+
+
+def _copy(raw: Future[tuple[np.ndarray, str]]) -> list[memoryview]:
+    return [_bytes(raw.result()[0])]
+
+
+def _bytes(x: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(x).data.cast("B")
+
+
+def _view(x: mx.array) -> memoryview:
+    """The bytes of an array, without a copy; the view keeps the array alive."""
+    bits: Any = x.view(mx.uint16) if x.dtype == mx.bfloat16 else x
+    return memoryview(bits).cast("B")
+
+
+def _finite(x: np.ndarray, dtype: str) -> bool:
+    if dtype in EXPONENT:
+        mask = np.uint16(EXPONENT[dtype])
+        return not x.size or int((x.view(np.uint16) & mask).max()) != mask
+    return bool(np.isfinite(x).all())
+
+
+def _wait(batch: list[Future[Any]]) -> None:
+    for future in batch:
+        future.result()
+
+
+def _source_bytes(target: Target) -> int:
+    return target.params * ITEMSIZE[target.source.dtype]
+
+
+def _fingerprint(lanes: Sequence[Lane]) -> dict[str, Any]:
+    """Size and time of the source files: as long as they stand, what was kept needs no second reading."""
+    files = {p.target.source.file for lane in lanes for p in lane.plans}
+    return {str(f): [s.st_size, s.st_mtime_ns] for f in sorted(files) for s in [f.stat()]}
+
+
+def _read_fingerprint(lane: Lane) -> Any:
+    try:
+        return json.loads((lane.job.staging / "source.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_fingerprint(lane: Lane, fingerprint: dict[str, Any]) -> None:
+    (lane.job.staging / "source.json").write_text(json.dumps(fingerprint))

@@ -1,0 +1,74 @@
+"""The chunked delta rule against the token-by-token one, at the lengths where chunks begin and end."""
+
+import random
+
+import pytest
+
+from inference import gated_delta as gd
+from inference.backend import mx
+
+HK, HV, DK, DV = 2, 4, 32, 48
+TOLERANCE = 2e-5  # float32; values of y are about 1
+
+
+def inputs(t: int, seed: int = 0, *, same_key: bool = False, no_decay: bool = False):
+    mx.random.seed(seed)
+    k = mx.random.normal((1, 1 if same_key else t, HK, DK))
+    k = mx.broadcast_to(k / mx.linalg.norm(k, axis=-1, keepdims=True), (1, t, HK, DK))
+    q = mx.random.normal((1, t, HK, DK)) * DK**-0.5
+    v = mx.random.normal((1, t, HV, DV))
+    g = mx.zeros((1, t, HV)) if no_decay else -3 * mx.random.uniform(shape=(1, t, HV)) ** 4
+    beta = mx.ones((1, t, HV)) if no_decay else mx.random.uniform(shape=(1, t, HV))
+    state = 0.3 * mx.random.normal((1, HV, DV, DK))
+    return q, k, v, g, beta, state
+
+
+def assert_close(got, expected, tolerance=TOLERANCE):
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        assert mx.abs(a - b).max().item() <= tolerance
+
+
+@pytest.mark.parametrize("t", [1, 2, 63, 64, 65, 127, 129])
+def test_chunked_equals_token_by_token(t):
+    x = inputs(t)
+    assert_close(gd.chunked(*x), gd.reference(*x))
+    assert_close(gd.gated_delta(*x), gd.reference(*x))
+
+
+@pytest.mark.parametrize("no_decay", [False, True])
+def test_chunked_stays_accurate_when_keys_repeat(no_decay):
+    x = inputs(129, same_key=True, no_decay=no_decay)
+    assert_close(gd.chunked(*x), gd.reference(*x), 1e-4)
+
+
+def test_inverse_of_the_worst_triangle_is_exact():
+    """All ones: repeated squaring needs numbers of 1e17 here, the blocks need 1."""
+    a = mx.tri(gd.CHUNK, gd.CHUNK, -1)
+    inverse = gd._unit_lower_inverse(a)
+    assert mx.array_equal((a + mx.eye(gd.CHUNK)) @ inverse, mx.eye(gd.CHUNK))
+    assert mx.abs(inverse).max().item() == 1
+
+
+def test_chunked_stays_finite_when_the_gate_closes():
+    q, k, v, _, beta, state = inputs(100)
+    g = mx.full((1, 100, HV), -500.0)
+    got = gd.chunked(q, k, v, g, beta, state)
+    assert_close(got, gd.reference(q, k, v, g, beta, state))
+
+
+def test_split_at_any_point_gives_the_same_state():
+    q, k, v, g, beta, state = inputs(150, seed=1)
+    whole = gd.chunked(q, k, v, g, beta, state)
+    for at in [1, 64, 149, *random.Random(0).sample(range(2, 149), 5)]:
+        y1, s = gd.gated_delta(*(x[:, :at] for x in (q, k, v, g, beta)), state)
+        y2, s = gd.gated_delta(*(x[:, at:] for x in (q, k, v, g, beta)), s)
+        assert_close((mx.concatenate([y1, y2], axis=1), s), whole)
+
+
+def test_mlx_kernel_computes_the_same_rule():
+    """`gated_delta` uses it for one token on a GPU; its state has our layout."""
+    q, k, v, g, beta, state = inputs(3)
+    assert_close(
+        tuple(mx.fast.gated_delta_update(q, k, v, mx.exp(g), beta, state)), gd.reference(q, k, v, g, beta, state)
+    )

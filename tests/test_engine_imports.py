@@ -1,0 +1,69 @@
+"""What the engine's modules pull in, in a fresh interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WITHOUT_MLX = ("errors", "checkpoint", "layout", "families", "qwen3_5.names")
+FOREIGN = ("torch", "transformers", "mlx_lm", "huggingface_hub", "publisher", "quant")
+
+
+def run(code: str, **env: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | env, check=False
+    )
+    return result.stdout.strip() or result.stderr.strip().splitlines()[-1]
+
+
+def test_headers_can_be_read_without_mlx():
+    imports = "; ".join(f"import inference.{m}" for m in WITHOUT_MLX)
+    assert run(f"{imports}; import sys; print([m for m in sys.modules if m.split('.')[0] == 'mlx'])") == "[]"
+
+
+def test_the_engine_imports_nothing_of_the_project_or_of_torch():
+    code = "import inference.generate, inference.divergence, inference.load, inference.qwen3_5.model, sys"
+    assert run(f"{code}; print([m for m in {FOREIGN} if m in sys.modules])") == "[]"
+
+
+def test_only_backend_imports_mlx():
+    """Anywhere else it could come before the BLAS."""
+    for path in (ROOT / "inference").rglob("*.py"):
+        if path.name != "backend.py":
+            assert "import mlx" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux loads a BLAS")
+def test_a_blas_that_does_not_load_is_one_line():
+    line = run("import inference.backend", PUBLISH_BLAS="/nowhere/libblas.so")
+    assert line.startswith("inference.errors.InputError: PUBLISH_BLAS=/nowhere/libblas.so: cannot be loaded")
+
+
+def test_missing_mlx_is_one_line(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx/__init__.py").touch()
+    (tmp_path / "mlx/core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    line = run("import inference.backend", PYTHONPATH=str(tmp_path))
+    if sys.platform.startswith("linux"):
+        assert (
+            line == "inference.errors.InputError: MLX has no backend: install mlx-publish[cpu] or mlx-publish[cuda13]"
+        )
+    else:
+        assert line.startswith("inference.errors.InputError: MLX cannot be loaded")
+
+
+def test_device_info_says_what_ran():
+    code = """
+from inference.backend import device_info, memory_limit, peak_memory, reset_peak_memory, mx
+i = device_info()
+assert i.device and i.os and i.mlx and i.memory_bytes >= 1 << 30, i
+assert 0 < memory_limit() <= i.memory_bytes
+reset_peak_memory()
+mx.eval(mx.zeros((1000, 1000)))
+assert peak_memory() >= 4_000_000
+print(i.backend)
+"""
+    assert run(code) in ("cpu", "metal", "cuda")

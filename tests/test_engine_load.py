@@ -1,0 +1,219 @@
+"""Loading: every format that ships, as mlx-lm reads the same folder; and every way in which a folder can be wrong."""
+
+import shutil
+from pathlib import Path
+
+import mlx_lm.utils
+import pytest
+from engine_checkpoints import edit_config, edit_tensors, write_moe, write_variant
+
+from inference import load as load_module
+from inference.backend import mx
+from inference.checkpoint import QuantSpec
+from inference.errors import CheckpointError, PublishError, ResourceError
+from inference.load import load
+
+L = "language_model.model.layers."
+IDS = list(range(9, 246, 3))  # 79 tokens: more than a chunk
+MIXED = {
+    L + "0.linear_attn.out_proj": QuantSpec(8, 32),
+    L + "1.mlp.down_proj": QuantSpec(6, 128),
+    L + "3.self_attn.v_proj": QuantSpec(5, 64),
+    L + "2.linear_attn.in_proj_a": False,
+    "language_model.lm_head": QuantSpec(8, 64),
+    "language_model.model.embed_tokens": False,
+}
+
+
+def mlx_lm_logits(folder: Path, ids: list[int]) -> mx.array:
+    model, _ = mlx_lm.utils.load_model(folder)
+    model.set_dtype(mx.float32)
+    return model(mx.array([ids]))
+
+
+@pytest.mark.parametrize(
+    ("default", "overrides"),
+    [
+        (None, {}),
+        (QuantSpec(4, 64), MIXED),
+        (QuantSpec(2, 128), {}),
+        (QuantSpec(3, 32), {}),
+        (QuantSpec(4, 32, "mxfp4"), {"language_model.lm_head": QuantSpec(8, 64)}),
+        (QuantSpec(8, 32, "mxfp8"), {}),
+        (QuantSpec(4, 16, "nvfp4"), {L + "0.mlp.up_proj": False}),
+    ],
+    ids=["bf16", "mixed", "affine2", "affine3", "mxfp4", "mxfp8", "nvfp4"],
+)
+def test_variant_gives_the_logits_of_mlx_lm(tiny, tmp_path, default, overrides):
+    folder = write_variant(tiny, tmp_path / "v", default, overrides)
+    got, expected = load(folder).forward(mx.array([IDS])), mlx_lm_logits(folder, IDS)
+    assert mx.abs(got - expected).max().item() <= 1e-3
+
+
+def test_packed_decode_equals_packed_prefill(tiny, tmp_path):
+    """One token runs through `quantized_matmul`, many through the unpacked matrix."""
+    model = load(write_variant(tiny, tmp_path / "v", QuantSpec(4, 64), MIXED))
+    cache = model.make_cache()
+    steps = mx.concatenate([model.forward(mx.array([[t]]), cache) for t in IDS[:30]], axis=1)
+    assert mx.abs(steps - model.forward(mx.array([IDS[:30]]))).max().item() <= 1e-3
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    return write_moe(tmp_path_factory.mktemp("moe"))
+
+
+@pytest.mark.parametrize(
+    "default", [None, QuantSpec(4, 32), QuantSpec(4, 32, "mxfp4")], ids=["bf16", "affine4", "mxfp4"]
+)
+def test_moe_gives_the_logits_of_mlx_lm(moe, tmp_path, default):
+    folder = write_variant(moe, tmp_path / "v", default, {L + "1.mlp.gate": False} if default else {})
+    model, expected = load(folder), mlx_lm_logits(folder, IDS)
+    assert mx.abs(model.forward(mx.array([IDS])) - expected).max().item() <= 1e-3
+    cache = model.make_cache()
+    steps = mx.concatenate([model.forward(mx.array([[t]]), cache) for t in IDS[:20]], axis=1)
+    assert mx.abs(steps - expected[:, :20]).max().item() <= 1e-3
+
+
+def test_original_layout_gives_the_same_logits(moe, tmp_path):
+    """Fused experts, [C, 1, K] conv and w for 1 + w, which is exact in bfloat16 for this checkpoint."""
+    variant = load(write_variant(moe, tmp_path / "v", None))
+    assert mx.array_equal(load(moe).forward(mx.array([IDS])), variant.forward(mx.array([IDS])))
+
+
+def test_vision_and_mtp_tensors_are_skipped(moe, tmp_path):
+    folder = write_variant(moe, tmp_path / "v", None)
+    before = load(folder)
+    edit_tensors(folder, lambda t: t.update({"vision_tower.x.weight": mx.zeros((4,)), "mtp.y.weight": mx.zeros((4,))}))
+    after = load(folder)
+    assert after.nbytes == before.nbytes
+    assert mx.array_equal(after.forward(mx.array([IDS])), before.forward(mx.array([IDS])))
+
+
+def test_tied_embedding_serves_as_head(moe, tmp_path):
+    folder = write_variant(moe, tmp_path / "v", QuantSpec(4, 32))
+    edit_config(folder, lambda c: c["text_config"].update(tie_word_embeddings=True))
+    edit_tensors(folder, lambda t: [t.pop(f"language_model.lm_head.{x}") for x in ("weight", "scales", "biases")])
+    model = load(folder)
+    assert mx.abs(model.forward(mx.array([IDS])) - mlx_lm_logits(folder, IDS)).max().item() <= 1e-3
+
+
+def drop(name):
+    return lambda t: t.pop(name)
+
+
+def put(**tensors):
+    return lambda t: t.update({k.replace("__", "."): v for k, v in tensors.items()})
+
+
+BROKEN_TENSORS = {
+    "missing tensor": (drop(L + "0.linear_attn.A_log"), f"tensor {L}0.linear_attn.A_log is missing"),
+    "missing scales": (drop(L + "0.mlp.up_proj.scales"), f"{L}0.mlp.up_proj.weight: shape [64, 8], config.json calls"),
+    "missing biases": (drop("language_model.lm_head.biases"), "tensor language_model.lm_head.biases is missing"),
+    "extra tensor": (put(language_model__model__extra=mx.zeros((3,))), "language_model.model.extra is not part of"),
+    "wrong shape": (put(language_model__model__norm__weight=mx.zeros((63,))), "shape [63], config.json calls"),
+    "wrong type": (put(language_model__model__norm__weight=mx.zeros((64,), mx.int32)), "dtype I32, expected a"),
+}  # fmt: skip
+
+
+def variant_of(moe, tmp_path):
+    return write_variant(moe, tmp_path / "v", QuantSpec(4, 32), {L + "0.mlp.shared_expert.up_proj": QuantSpec(8, 32)})
+
+
+def assert_one_line(error: pytest.ExceptionInfo[PublishError], text: str) -> None:
+    message = str(error.value)
+    assert text in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("fault", BROKEN_TENSORS)
+def test_broken_tensors_are_refused_in_one_line(moe, tmp_path, fault):
+    change, text = BROKEN_TENSORS[fault]
+    folder = variant_of(moe, tmp_path)
+    if fault == "missing scales":
+        text, change = "shared_expert.up_proj.scales is missing", drop(L + "0.mlp.shared_expert.up_proj.scales")
+    edit_tensors(folder, change)
+    with pytest.raises(CheckpointError) as e:
+        load(folder)
+    assert_one_line(e, text)
+
+
+def quantization(**changes):
+    def change(config):
+        config["quantization"].update(changes)
+        config["quantization_config"] = config["quantization"]
+
+    return change
+
+
+BROKEN_CONFIGS = {
+    "unknown model_type": (lambda c: c.update(model_type="llama"), "'llama' is not supported; supported: qwen3_5"),
+    "no model_type": (lambda c: c.pop("model_type"), "model_type None is not supported"),
+    "text_config no object": (lambda c: c.update(text_config=3), "text_config must be an object"),
+    "missing key": (lambda c: c["text_config"].pop("hidden_size"), "text_config.hidden_size: found None"),
+    "negative size": (lambda c: c["text_config"].update(vocab_size=-1), "vocab_size: found -1"),
+    "quantization no object": (lambda c: c.update(quantization=4), "quantization must be an object"),
+    "quantization without bits": (quantization(bits=None), "bits and group_size must be integers"),
+    "bits as text": (quantization(bits="4"), "bits and group_size must be integers"),
+    "seven bits": (quantization(bits=7), "7 bits: allowed are"),
+    "other bits": (quantization(bits=8), "config.json calls for"),
+    "unknown mode": (quantization(mode="gptq"), "quantization mode 'gptq' is unknown"),
+    "unknown module": (quantization(**{L + "9.mlp.up_proj": {"bits": 4, "group_size": 32}}), "the model does not"),
+    "module denied": (quantization(**{L + "0.mlp.gate": False}), "config.json gives no quantization for it"),
+    "two blocks": (lambda c: c["quantization"].update(bits=8), "quantization and quantization_config differ"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN_CONFIGS)
+def test_broken_configs_are_refused_in_one_line(moe, tmp_path, fault):
+    change, text = BROKEN_CONFIGS[fault]
+    folder = variant_of(moe, tmp_path)
+    edit_config(folder, change)
+    with pytest.raises(CheckpointError) as e:
+        load(folder)
+    assert_one_line(e, text)
+
+
+def test_broken_files_are_refused_in_one_line(moe, tmp_path):
+    folder = variant_of(moe, tmp_path)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for data, text in (
+        (whole[:-10], "lie outside the file"),
+        (whole[:5], "too short"),
+        (b"\xff" * 64, "does not fit the file"),
+    ):
+        weights.write_bytes(data)
+        with pytest.raises(CheckpointError) as e:
+            load(folder)
+        assert_one_line(e, text)
+    weights.unlink()
+    with pytest.raises(CheckpointError) as e:
+        load(folder)
+    assert_one_line(e, "no model*.safetensors")
+    with pytest.raises(CheckpointError) as e:
+        load(tmp_path / "nowhere")
+    assert_one_line(e, "no such folder")
+
+
+def test_original_layout_with_a_missing_tensor_is_refused(moe, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(moe, folder)
+    edit_tensors(folder, drop("model.language_model.norm.weight"))
+    with pytest.raises(CheckpointError) as e:
+        load(folder)
+    assert_one_line(e, "language_model.model.norm.weight is missing")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_both_figures(tiny, monkeypatch):
+    monkeypatch.setattr(load_module, "memory_limit", lambda: 10_000_000)
+    with pytest.raises(ResourceError) as e:
+        load(tiny)
+    assert_one_line(e, "usable are 0.01 GB")
+    assert "the weights need 0.0" in str(e.value)
+
+
+def test_nbytes_is_what_the_weights_take(tiny):
+    before = mx.get_active_memory()
+    model = load(tiny)
+    assert abs(mx.get_active_memory() - before - model.nbytes) < 0.02 * model.nbytes

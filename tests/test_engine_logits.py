@@ -1,0 +1,79 @@
+"""The engine's logits against those of `transformers`, recorded by tests/parity/record_logits.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inference.backend import mx
+from inference.load import hidden_states_streamed, load, load_head
+from inference.qwen3_5 import model as qwen
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TOLERANCE = 2e-3  # largest difference of a logit over 512 tokens, float32; measured: 2.2e-5
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return load(tiny)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return np.load(FIXTURES / "tiny-logits.npz")
+
+
+def check(logits: mx.array, recorded, start: int = 0) -> None:
+    """logits [1, T, V] of positions from `start` on."""
+    got = np.array(logits[0].astype(mx.float32))
+    rows = slice(start, start + len(got))
+    assert np.abs(got[:, recorded["columns"]] - recorded["logits"][rows]).max() <= TOLERANCE
+    logsumexp = np.array(mx.logsumexp(logits[0].astype(mx.float32), axis=-1))
+    assert np.abs(logsumexp - recorded["logsumexp"][rows]).max() <= TOLERANCE
+    assert (got.argmax(axis=1) == recorded["argmax"][rows]).all()
+
+
+def test_tokenizer_reads_the_evaluation_text_as_transformers_does(model, recorded):
+    text = (FIXTURES / "evaluation.txt").read_text(encoding="utf-8")
+    assert model.tokenizer.encode(text)[:512] == recorded["ids"].tolist()
+
+
+def test_prefill_agrees_with_transformers(model, recorded):
+    ids = mx.array(recorded["ids"])[None]
+    check(model.forward(ids), recorded)
+    assert mx.allclose(model.forward(ids, last_only=True), model.forward(ids)[:, -1:], atol=1e-5)
+
+
+def test_token_by_token_agrees_with_transformers(model, recorded):
+    cache = model.make_cache()
+    out = [model.forward(mx.array([[int(t)]]), cache) for t in recorded["ids"][:140]]
+    check(mx.concatenate(out, axis=1), recorded)
+
+
+@pytest.mark.parametrize("points", [[1], [64], [65, 66], [511], [3, 70, 200, 201, 450]])
+def test_split_prefill_agrees_with_transformers(model, recorded, points):
+    ids, cache = recorded["ids"], model.make_cache()
+    for start, end in zip([0, *points], [*points, len(ids)], strict=True):
+        check(model.forward(mx.array(ids[start:end])[None], cache), recorded, start)
+
+
+def test_long_prompts_are_worked_off_in_pieces(model, recorded, monkeypatch):
+    monkeypatch.setattr("inference.load.PREFILL_STEP", 100)
+    monkeypatch.setattr(qwen, "SCORE_BYTES", 4 * 4 * 512 * 30)  # blocks of 30 queries and more
+    check(model.forward(mx.array(recorded["ids"])[None]), recorded)
+
+
+def test_batches_do_not_mix(model, recorded):
+    ids = mx.array(recorded["ids"][:200].reshape(2, 100))
+    both = model.forward(ids)
+    for i in range(2):
+        assert mx.allclose(both[i : i + 1], model.forward(ids[i : i + 1]), atol=1e-4)
+
+
+def test_streaming_layer_by_layer_gives_the_same_logits(tiny, model, recorded):
+    batches = [mx.array(recorded["ids"][:64])[None], mx.array(recorded["ids"])[None]]
+    short, whole = hidden_states_streamed(tiny, batches)
+    head = load_head(tiny)
+    check(head(short), recorded)
+    check(head(whole), recorded)
+    assert mx.array_equal(whole, model.hidden(batches[1]))
