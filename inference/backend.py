@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -89,7 +90,7 @@ def device_info() -> DeviceInfo:
     if BACKEND == "cuda":
         memory = _device_number("total_memory", "memory_size") or memory
     blas = _BLAS if BACKEND == "cpu" else None
-    return DeviceInfo(_device_name(), BACKEND, system, mx.__version__, blas, memory)
+    return DeviceInfo(_device_name(), BACKEND, system, metadata.version("mlx"), blas, memory)
 
 
 def memory_limit() -> int:

@@ -43,9 +43,9 @@ def resolve_base(project: Project, hub: Callable[[], Hub], weights: bool) -> Res
         return _opened(project.local(base.path), project.base_name, None, True)
     assert base.repo is not None
     commit = locked_commit(project, hub)
-    from .fetch import cached_base, download_base, remote_headers  # noqa: PLC0415 - the client only for Hub bases
+    from .hub import cached_snapshot, download_base, remote_headers  # noqa: PLC0415 - the client only for Hub bases
 
-    folder = cached_base(hub(), base.repo, commit)
+    folder = cached_snapshot(base.repo, commit)
     if folder is not None:
         return _opened(folder, base.repo, commit, True)
     if weights:
@@ -92,16 +92,19 @@ def fetch_imatrix(project: Project, source: ImatrixSource, hub: Callable[[], Hub
     if source.path:
         path = project.local(source.path)
         return path, ImatrixInput(name=imatrix_name(source), sha256=sha256_file(path))
-    from .fetch import download_file  # noqa: PLC0415
+    from .hub import download_file  # noqa: PLC0415
 
-    assert source.repo and source.file
+    assert source.repo
+    assert source.file
     lock = project.lock()
     entry = _locked_file(lock, source)
     commit = entry.commit if entry else hub().resolve_commit(source.repo, source.revision)
     path = download_file(hub(), source.repo, source.file, commit)
     found = sha256_file(path)
     if entry and entry.sha256 != found:
-        raise InputError(f"{imatrix_name(source)}: sha256 {found[:12]}, the lock says {entry.sha256[:12]}; delete the cached file")
+        raise InputError(
+            f"{imatrix_name(source)}: sha256 {found[:12]}, the lock says {entry.sha256[:12]}; delete the cached file"
+        )
     if not entry:
         new = LockedFile(repo=source.repo, file=source.file, revision=source.revision, commit=commit, sha256=found)
         write_model(project.lock_path, lock.model_copy(update={"imatrix": [*lock.imatrix, new]}))

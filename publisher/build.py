@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.errors import GateRefused, InputError
-from quant.folder import finish
+from quant.folder import finish, replaced
 
 from . import __version__
 from .base import ResolvedBase, fetch_imatrix, fingerprint, remember_source_hash
@@ -20,7 +22,7 @@ from .card import gather, render
 from .plan import build_inputs, quant_table, select_targets
 from .report import Report
 from .schema import BaseInput, BuildInputs, BuildRecord, FileEntry, ImatrixInput, Manifest, Smoke, TensorEntry
-from .store import digest, read_result, write_model, write_text
+from .store import digest, discard_leftovers, read_result, write_model, write_text
 from .survey import Rung, Survey, card_templates, failure, read_manifest, survey
 from .variants import Project
 
@@ -62,6 +64,8 @@ def build(
     stale = [id for id in ids if force or seen.rungs[id].state.weights]
     for id in stale:
         report.line(f"{id}: weights: {'; '.join(seen.rungs[id].state.weights) or 'forced'}")
+    for id in set(ids) - set(stale):
+        _sweep(project, id)
     if stale:
         quantize(project, seen, stale, hub, report)
         seen = survey(project, hub, weights=True, cards=False)
@@ -88,7 +92,9 @@ def _needs_base(rung: Rung, skip: Collection[str]) -> bool:
 def _failed(project: Project, id: str) -> str | None:
     """What the smoke test on record says against the weights that are in place."""
     manifest = read_manifest(project, id)
-    return failure(read_result(project.store.results(manifest.weights_hash) / "smoke.json", Smoke)) if manifest else None
+    return (
+        failure(read_result(project.store.results(manifest.weights_hash) / "smoke.json", Smoke)) if manifest else None
+    )
 
 
 def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[], Hub], report: Report) -> None:
@@ -99,17 +105,22 @@ def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[
     jobs, inputs = [], {}
     for id in ids:
         job, inputs[id] = _job(project, seen, seen.rungs[id], hub)
+        _sweep(project, id, keep=job["staging"])
         jobs.append(Job(**job))
     report.line(f"quantizing {', '.join(ids)} in one pass over {seen.base.name}")
     with report.bar("quantize") as tick:
         converted = convert(jobs, lambda p: tick(p.bytes_done, p.bytes_total))
     wall = time.perf_counter() - started
     for job, done in zip(jobs, converted, strict=True):
-        remember_source_hash(project, seen.base, select_targets(project, done.variant, seen.base.targets), done.source_hash)
+        remember_source_hash(
+            project, seen.base, select_targets(project, done.variant, seen.base.targets), done.source_hash
+        )
         manifest = _manifest(project, seen.rungs[done.variant], inputs[done.variant], done)
         write_model(done.folder / "manifest.json", manifest)
+        _record(
+            project, manifest, ids, done, wall
+        )  # before the folder is in place: from then on nothing comes back here
         finish(job.staging, project.store.variant(done.variant))
-        _record(project, manifest, ids, done, wall)
         report.line(
             f"{done.variant}: {manifest.nbytes / 1e9:.3f} GB, {8 * manifest.text_nbytes / manifest.text_params:.2f} bits a "
             f"weight, weights {manifest.weights_hash[:12]}"
@@ -129,6 +140,12 @@ def _job(project: Project, seen: Survey, rung: Rung, hub: Callable[[], Hub]) -> 
         statistics = read_imatrix(path, seen.base.checkpoint.config)
         table = quant_table(seen.base.checkpoint.config)
         scales = folds(rung.plan.plans, statistics, project.recipe(rung.id).awq_exponent, table.AWQ_GROUPS)
+        # the plan and the card say that these are scaled: a hole in the statistics must not make that untrue
+        bare = next((p.target.module for p in rung.plan.plans if p.awq and p.target.name not in scales), None)
+        if bare:
+            raise InputError(
+                f"{imatrix.name}: holds nothing for {bare}; take a complete imatrix, or a rule with awq: false"
+            )
     inputs = _inputs(project, seen.base, rung, imatrix, SOLVER, QUANT_VERSION)
     key = digest({"inputs": inputs.model_dump(mode="json"), "files": fingerprint(seen.base.checkpoint)})
     job = {
@@ -143,6 +160,18 @@ def _job(project: Project, seen: Survey, rung: Rung, hub: Callable[[], Hub]) -> 
         "inputs": {"key": key},
     }
     return job, inputs
+
+
+def _sweep(project: Project, id: str, keep: Path | None = None) -> None:
+    """Remove what killed builds of a variant left and no later one can use: staging under other inputs, which can never
+    be finished, and the folder that was being replaced. keep: the staging of the build that is about to go on."""
+    staging, final = project.store.staging(id, "0" * 16).parent, project.store.variant(id)
+    for left in staging.iterdir() if staging.is_dir() else ():
+        if left != keep and re.fullmatch(re.escape(id) + "-[0-9a-f]{16}", left.name):
+            shutil.rmtree(left)
+    aside = replaced(final)
+    if aside.exists() and final.exists():
+        shutil.rmtree(aside)
 
 
 def _inputs(
@@ -218,10 +247,14 @@ def remeasure(project: Project, ids: Sequence[str], step: str, hub: Callable[[],
 
     wanted = {id: Wanted(m, step == "smoke", step == "bench") for id in ids if (m := seen.rungs[id].manifest)}
     done = measure_all(project, seen.base, wanted, report)
-    changed = render_cards(project, seen.base)
-    return [
-        Outcome(id, False, bool(m.smoke), bool(m.bench), id in changed, failure(m.smoke)) for id, m in done.items()
-    ]
+    try:
+        changed = render_cards(project, seen.base)
+    except InputError as e:
+        if not any(failure(m.smoke) for m in done.values()):
+            raise
+        report.line(f"cards not rendered: {e}")  # what cannot be loaded cannot be described; the verdict is the answer
+        changed = set()
+    return [Outcome(id, False, bool(m.smoke), bool(m.bench), id in changed, failure(m.smoke)) for id, m in done.items()]
 
 
 def require_built(project: Project, id: str) -> Manifest:
@@ -243,6 +276,7 @@ def render_cards(project: Project, base: ResolvedBase, ids: Sequence[str] | None
     changed = set()
     for id, text in card_texts(project, base.folder, ids).items():
         path = project.store.variant(id) / "README.md"
+        discard_leftovers(path)
         try:
             same = path.read_text(encoding="utf-8") == text
         except FileNotFoundError:

@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from inference.errors import InputError
 
 from .card_facts import HEADER, Facts, gather
-from .card_format import FILTERS, not_measured
+from .card_format import FILTERS
 from .card_view import row_label, view
 
 __all__ = ["Facts", "check_card", "gather", "render", "snippets"]
@@ -59,7 +59,6 @@ def render(facts: Facts, id: str, templates: Path | None = None) -> str:
     )
     env.filters.update(FILTERS)
     env.filters["row_label"] = row_label
-    env.globals["not_measured"] = not_measured
     try:
         text = env.get_template(ENTRY).render(card=card, facts=facts)
     except TEMPLATE_ERRORS as e:

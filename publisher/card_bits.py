@@ -21,14 +21,15 @@ from inference.checkpoint import (
 )
 from inference.errors import CheckpointError, InputError
 from inference.layout import Part, Target
+from quant.awq import scalable
 from quant.recipe import LAYER_SETS, Recipe, Rule, TensorPlan, layer_of, resolve
 from quant.shards import MTP_FILE
 
-from .plan import quant_table, scalable
+from .plan import quant_table
 from .schema import Manifest, RuleInput
 
 CHANGED = "the recipe in variants.yaml has changed since this build"
-NEVER = "never quantized"
+NEVER = "not quantized"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def bit_rows(
     targets, inputs = [p.target for p in packed], manifest.inputs
     applied = Recipe(inputs.recipe, tuple(map(_rule, inputs.rules)))
     scaled = inputs.imatrix is not None and bool(inputs.awq_exponent)
-    plans = resolve(applied, inputs.bits, inputs.group_size, targets, table.CLASSES, scalable(table), scaled)
+    plans = resolve(applied, inputs.bits, inputs.group_size, targets, table.CLASSES, scalable(table.AWQ_GROUPS), scaled)
     for plan, p in zip(plans, packed, strict=True):
         if plan.spec != p.spec:
             want = plan.spec.label() if plan.spec else p.target.dtype.lower()

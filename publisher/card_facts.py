@@ -11,17 +11,17 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 
 from inference.checkpoint import read_checkpoint
 from inference.errors import CheckpointError, InputError
-from inference.families import family_of
 from quant.builtin import BUILTIN
 
 from .card_bits import BitRow, Packed, bit_rows, check_manifest, read_packed
-from .plan import rule_inputs
+from .plan import quant_table, rule_inputs
 from .schema import Bench, BuildInputs, BuildRecord, CardSpec, FileEntry, Manifest, Smoke
 from .store import read_model, read_result
 from .variants import Project
@@ -31,8 +31,6 @@ LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+\-]{0,63}")
 LANGUAGE = re.compile(r"[A-Za-z][A-Za-z\-]{1,19}")
 GGUF_LABEL = re.compile(r"I?Q[1-8]_(K(_(S|M|L|XL))?|[01]|XXS|XS|NL|S|M)|MXFP4(_MOE)?")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
-FAMILY_TAGS = {"qwen3_5": ("hybrid-attention", "gated-delta-net")}
-QWEN_FAMILIES = ("qwen3_5",)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Contents:
     weights: tuple[FileEntry, ...]  # the safetensors files
     license_file: str | None
     model_type: str
-    family: str
+    family: ModuleType  # its table in `quant/`
     nbytes: int
     params: int
     text_nbytes: int
@@ -119,6 +117,7 @@ class Variant:
     bench: Bench | None
     no_bench: str
     strategy: str  # the built-in recipe it goes back to, or its own name
+    pure: bool  # built by the built-in recipe's rules and no others
     origin: str
     origin_known: bool  # the recipe in variants.yaml is still the one that was built
     fragment: str  # variants.yaml that gives these weights again
@@ -244,6 +243,7 @@ def _variant(project: Project, id: str) -> Variant:
         bench, no_bench = _result(folder / "bench.json", Bench, weights_hash)
     inputs = contents.manifest.inputs if contents else None
     known = inputs is None or (inputs.recipe == recipe.name and inputs.rules == rule_inputs(recipe, spec.bits))
+    strategy = _strategy(project, inputs.recipe if inputs else recipe.name)
     repo = project.repo(id)
     gguf = id if GGUF_LABEL.fullmatch(id) else None
     return Variant(
@@ -259,7 +259,8 @@ def _variant(project: Project, id: str) -> Variant:
         no_smoke=no_smoke,
         bench=bench,
         no_bench=no_bench,
-        strategy=_strategy(project, inputs.recipe if inputs else recipe.name),
+        strategy=strategy,
+        pure=bool(inputs) and strategy in BUILTIN and inputs.rules == rule_inputs(BUILTIN[strategy], inputs.bits),
         origin=recipe.origin,
         origin_known=known,
         fragment=_fragment(project, id, inputs) if inputs else "",
@@ -282,7 +283,7 @@ def _contents(project: Project, id: str) -> Contents | None:
         weights=tuple(sorted((f for f in manifest.files if f.path.endswith(".safetensors")), key=lambda f: f.path)),
         license_file=next((n for n in sorted(names) if n.upper().startswith("LICENSE")), None),
         model_type=str(config["model_type"]),
-        family=family_of(config),
+        family=quant_table(config),
         nbytes=_total(packed),
         params=sum(p.target.params for p in packed),
         text_nbytes=_total(text),

@@ -16,9 +16,16 @@ import yaml
 
 from .schema import Stat
 
+ABSOLUTE = re.compile(r"(?<![\w.:/~])(?:[A-Z]:)?[/\\](?:[^\s/\\:,'\"]+[/\\])+")
+
+
+def portable(text: str) -> str:
+    """One line, absolute paths cut down to their last part: folders of the machine are nobody's business."""
+    return ABSOLUTE.sub("", " ".join(text.split()))
+
 
 def not_measured(reason: str) -> str:
-    return f"not measured: {' '.join(reason.split()) or 'no reason recorded'}"
+    return f"not measured: {portable(reason) or 'no reason recorded'}"
 
 
 def size(nbytes: float) -> str:
@@ -69,7 +76,7 @@ def seconds(x: float) -> str:
 
 def kld(x: float) -> str:
     """Nats a token."""
-    return f"{x:.4f}" if abs(x) >= 0.001 or x == 0 else f"{x:.1e}"
+    return f"{x:.4f}" if abs(x) >= 0.01 or x == 0 else f"{x:.2g}"
 
 
 def gigabytes(x: float) -> str:

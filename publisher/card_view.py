@@ -14,7 +14,7 @@ from inference.errors import InputError
 
 from . import card_format as fmt
 from .card_bits import BitRow
-from .card_facts import FAMILY_TAGS, QWEN_FAMILIES, SAMPLING, Base, Contents, Facts, License, Variant
+from .card_facts import SAMPLING, Base, Contents, Facts, License, Variant
 from .protocol import protocol_line
 from .schema import Bench, Check, Device, Speed
 
@@ -57,6 +57,7 @@ class Setup:
     protocol: str
     device: str
     dates: str
+    brackets: bool  # more than one repetition, so that there is a lowest and a highest
     runs: int  # separate benchmark runs
     apple: bool
 
@@ -114,9 +115,11 @@ class View:
     license: License
     license_title: str
     license_url: str | None
-    qwen: bool
+    credit: tuple[str, str, str]  # name, link and deed of who made the family
+    question: str  # of the usage snippets
     strategy: str
     build_device: str
+    smoke_device: str
     built_at: str
     mlx: str
 
@@ -163,17 +166,21 @@ def view(facts: Facts, id: str) -> View:
         bits=c.rows,
         reason_notes=notes,
         reasons=reasons,
-        checks=tuple(v.smoke.checks) if v.smoke else (),
+        checks=tuple(k.model_copy(update={"detail": fmt.portable(k.detail)}) for k in v.smoke.checks)
+        if v.smoke
+        else (),
         kld=_kld(v),
         mlx_lm=next((k for k in v.smoke.checks if re.search(r"mlx[-_]lm", k.name)), None) if v.smoke else None,
         model=v.repo if v.owned else f"./{v.name}",
         sampling={k: c.sampling[k] for k in SAMPLING if k in c.sampling},
         license=base.license,
         license_title=title,
-        license_url=base.license.link or url,
-        qwen=c.family in QWEN_FAMILIES,
+        license_url=_license_link(base.license, c) or url,
+        credit=c.family.CARD_CREDIT,
+        question=c.family.CARD_QUESTION,
         strategy=v.strategy,
         build_device=device_text(v.build.device) if v.build else "not recorded: build.json is missing",
+        smoke_device=device_text(v.smoke.device) if v.smoke else fmt.not_measured(v.no_smoke),
         built_at=fmt.pretty_date(v.build.built_at) if v.build else "not recorded: build.json is missing",
         mlx=v.build.device.mlx if v.build else "not recorded: build.json is missing",
     )
@@ -183,10 +190,8 @@ def front_matter(facts: Facts, v: Variant, c: Contents, license: License) -> dic
     out: dict[str, Any] = {"license": license.id}
     if license.name:
         out["license_name"] = license.name
-    if license.link:
-        out["license_link"] = license.link
-    elif license.id == "other" and c.license_file:
-        out["license_link"] = c.license_file
+    if link := _license_link(license, c):
+        out["license_link"] = link
     if facts.base.language:
         out["language"] = list(facts.base.language)
     if facts.base.repo:
@@ -196,6 +201,13 @@ def front_matter(facts: Facts, v: Variant, c: Contents, license: License) -> dic
         out["quantized_by"] = facts.quantized_by
     out["tags"] = list(dict.fromkeys(_tags(facts, v, c)))
     return out
+
+
+def _license_link(license: License, c: Contents) -> str | None:
+    """An address, or a file that this repo really holds."""
+    if license.link and license.link.startswith("https://"):
+        return license.link
+    return c.license_file if license.link or license.id == "other" else None
 
 
 def _tags(facts: Facts, v: Variant, c: Contents) -> Iterable[str]:
@@ -213,7 +225,7 @@ def _tags(facts: Facts, v: Variant, c: Contents) -> Iterable[str]:
     if c.manifest.inputs.imatrix:
         yield "imatrix"
     yield c.model_type
-    yield from FAMILY_TAGS.get(c.family, ())
+    yield from c.family.CARD_TAGS
     yield "apple-silicon"
     if v.strategy in STRATEGY_TAGS:
         yield STRATEGY_TAGS[v.strategy]
@@ -280,7 +292,7 @@ def _speedup(x: Variant) -> str:
     if mine is None:
         return fmt.not_measured(x.bench.variant.reason or "the benchmark gave none")
     if original is None or not original.median > 0:
-        return fmt.not_measured(f"BF16 {x.bench.bf16.reason or 'was not run beside it'}")
+        return fmt.not_measured(f"BF16: {_why(x.bench.bf16)}")
     return fmt.number(mine.median / original.median, "", lambda r: f"{r:.2f}×")
 
 
@@ -327,6 +339,7 @@ def _setups(variants: Iterable[Variant]) -> tuple[Setup, ...]:
                 protocol=protocol_line(bench.protocol),
                 device=device_text(bench.device),
                 dates=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
+                brackets=bench.protocol.runs > 1,
                 runs=len({b.run for _, b in members}),
                 apple=bench.device.backend.lower() == "metal",
             )
@@ -348,7 +361,7 @@ def _texts(variants: Iterable[Variant]) -> tuple[TextSetup, ...]:
 def device_text(d: Device) -> str:
     parts = [
         d.name,
-        f"{d.memory_gb:.0f} GB" if d.memory_gb >= 10 else f"{d.memory_gb:.1f} GB",
+        f"{fmt.binary_size(1e9 * d.memory_gb)} memory",
         d.os,
         f"{BACKENDS.get(d.backend.lower(), d.backend)} backend{f' ({d.blas})' if d.blas else ''}",
         f"mlx {d.mlx}",

@@ -43,6 +43,14 @@ def exit_code(error: PublishError) -> int:
     return next(EXIT_CODES[c] for c in type(error).__mro__ if c in EXIT_CODES)
 
 
+class Failure(click.ClickException):
+    """One line on stderr and an exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc] - click declares it on the class
+
+
 class Commands(click.Group):
     """Turns the project's errors into one line and an exit code; anything else is a bug and keeps its traceback."""
 
@@ -50,9 +58,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except PublishError as e:
-            line = click.ClickException(str(e))
-            line.exit_code = exit_code(e)
-            raise line from e
+            raise Failure(str(e), exit_code(e)) from e
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on where this one stopped", err=True)
             ctx.exit(INTERRUPTED)
@@ -117,7 +123,11 @@ def _complete_ids(ctx: click.Context, param: click.Parameter, incomplete: str) -
     from .variants import load_project
 
     try:
-        return [i for i in load_project(ctx.params.get("file") or Path("variants.yaml")).ladder.variants if i.startswith(incomplete)]
+        return [
+            i
+            for i in load_project(ctx.params.get("file") or Path("variants.yaml")).ladder.variants
+            if i.startswith(incomplete)
+        ]
     except PublishError:
         return []
 
@@ -195,7 +205,10 @@ def _again(options: Options, ids: tuple[str, ...], step: str) -> None:
 
     project = options.project
     outcomes = remeasure(project, project.select(ids), step, options.hub, options.report)
-    options.show(show.results_json(project, [o.id for o in outcomes]), lambda: show.results_text(project, [o.id for o in outcomes], step))
+    options.show(
+        show.results_json(project, [o.id for o in outcomes]),
+        lambda: show.results_text(project, [o.id for o in outcomes], step),
+    )
     failed = [o for o in outcomes if o.failed]
     if failed and step == "smoke":
         raise CheckFailed("; ".join(f"{o.id}: smoke test failed: {o.failed}" for o in failed))
@@ -219,7 +232,9 @@ def card(options: Options, ids: tuple[str, ...], all_variants: bool, check: bool
     base = resolve_base(project, options.hub, weights=False)
     if not check:
         changed = render_cards(project, base, chosen)
-        options.show({"changed": [i for i in chosen if i in changed]}, lambda: show.cards_text(project, chosen, changed))
+        options.show(
+            {"changed": [i for i in chosen if i in changed]}, lambda: show.cards_text(project, chosen, changed)
+        )
         return
     texts = card_texts(project, base.folder, chosen)
     stale = show.card_diffs(project, texts)
@@ -272,7 +287,7 @@ def verify(options: Options, ids: tuple[str, ...], remote: bool) -> None:
         checks = {id: verify_remote(hub, project, id) for id in chosen}
     else:
         checks = {id: verify_folder(project.store.variant(id), require_built(project, id)) for id in chosen}
-    options.show(show.checks_json(checks), lambda: show.checks_text(checks))
+    options.show(show.checks_json(checks), lambda: show.checks_text(checks, brief=True))
     failed = [f"{id}: {c.name}: {c.detail}" for id, found in checks.items() for c in found if c.passed is False]
     if failed:
         raise CheckFailed("; ".join(failed))
@@ -288,7 +303,14 @@ def verify(options: Options, ids: tuple[str, ...], remote: bool) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @common
 def push(
-    options: Options, ids: tuple[str, ...], all_variants: bool, dry_run: bool, create_pr: bool, private: bool, overwrite: bool, yes: bool
+    options: Options,
+    ids: tuple[str, ...],
+    all_variants: bool,
+    dry_run: bool,
+    create_pr: bool,
+    private: bool,
+    overwrite: bool,
+    yes: bool,
 ) -> None:
     """Show what would change on the hub, ask, then make one atomic commit a repo."""
     from . import show
@@ -332,7 +354,14 @@ def chat(options: Options, id: str, prompt: str | None, think: bool | None, **gi
     """Talk to a built variant (ID), or to any folder that holds one, in the terminal."""
     from .talk import find_folder, talk
 
-    talk(find_folder(options.file, id), prompt, think, given, click.echo, options.report)
+    echo = _silent if options.as_json else click.echo
+    turns = talk(find_folder(options.file, id), prompt, think, given, echo, options.report)
+    if options.as_json:
+        options.show({"turns": turns}, str)
+
+
+def _silent(text: str, nl: bool = True) -> None:
+    """In place of click.echo, where the answers are shown at the end."""
 
 
 @main.command()
@@ -351,7 +380,9 @@ def init(options: Options, base: str, revision: str, owner: str | None, imatrix:
         raise InputError(f"{options.file}: exists already; give --force to replace it")
     text = starter(base, options.file.absolute().parent, revision, owner, imatrix)
     write_text(options.file, text)
-    options.show({"written": str(options.file)}, lambda: f"{options.file} written; next: publish plan, then publish build --all")
+    options.show(
+        {"written": str(options.file)}, lambda: f"{options.file} written; next: publish plan, then publish build --all"
+    )
 
 
 @main.command()
@@ -363,7 +394,9 @@ def schema() -> None:
 
 
 @main.command()
-@click.option("--dir", "folder", type=click.Path(path_type=Path, file_okay=False), default=Path("hub"), show_default=True)
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), default=Path("hub"), show_default=True
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
 @click.option("--user", default="demo", show_default=True, help="Name that may write, and owns its namespace.")
 def hub(folder: Path, port: int, user: str) -> None:

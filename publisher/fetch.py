@@ -65,7 +65,9 @@ def _check_blob(path: Path) -> None:
         while block := f.read(8 << 20):
             hasher.update(block)
     if hasher.hexdigest() != name:
-        raise CheckFailed(f"{path.name}: the download is damaged; delete {blob} and run again")
+        path.unlink()  # else the next run would find a complete snapshot
+        blob.unlink(missing_ok=True)
+        raise CheckFailed(f"{path.name}: what arrived is not what the hub holds; it was removed: run again")
 
 
 def remote_headers(hub: Hub, repo: str, commit: str, dest: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from inference.errors import InputError
 
+from .card import check_card
 from .schema import Manifest, Smoke
 from .store import read_model
 from .variants import Project
@@ -74,8 +75,6 @@ def _smoke(project: Project, id: str, manifest: Manifest) -> list[str]:
 
 
 def _card(folder: Path, id: str, expected: str | None) -> list[str]:
-    from .card import check_card  # noqa: PLC0415 - Jinja, needed here only
-
     path = folder / "README.md"
     try:
         if path.stat().st_size > CARD_BYTES:
@@ -88,7 +87,9 @@ def _card(folder: Path, id: str, expected: str | None) -> list[str]:
     refusals = []
     if expected is not None and text != expected:
         refusals.append(f"{id}: README.md is not what it would be now; run `publish card {id}`")
-    refusals += [f"{id}: README.md: {fault}" for fault in check_card(text)]
+    refusals += [
+        f"{id}: README.md: {fault}; correct the template and run `publish card {id}`" for fault in check_card(text)
+    ]
     named = re.search(r"\A---\n(?:(?!---\n).*\n)*?license: *\S", text)
     if not named and not any(p.name.upper().startswith("LICENSE") for p in folder.iterdir()):
         refusals.append(f"{id}: no licence in the folder or the card; set `card.license` and run `publish card {id}`")

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ from huggingface_hub import (
 )
 from huggingface_hub import set_client_factory as _set_client_factory
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -85,8 +85,14 @@ CONFLICTS = 30  # answers "another conflicting operation is in progress" to a cr
 RETRYABLE = (408, 429, 500, 502, 503, 504)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-# what a call into the client can raise; KeyError and TypeError: an answer without the fields the client expects
-CLIENT_ERRORS = (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError, KeyError, TypeError)
+# what a call into the client can raise
+MALFORMED = (
+    KeyError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)  # an answer without the fields the client expects
+CLIENT_ERRORS = (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError, *MALFORMED)
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
@@ -181,10 +187,12 @@ class Hub:
             raise AuthError(f"{doing} needs a token with write access: run `hf auth login`, or set HF_TOKEN")
 
     def account(self) -> Account:
-        who = self._call("asking whose token this is", self._api.whoami)
-        name, auth = who.get("name"), who.get("auth") or {}
-        role = (auth.get("accessToken") or {}).get("role") or ""
-        return Account(str(name), str(role))
+        def ask() -> Account:
+            who = self._api.whoami()
+            token = (who.get("auth") or {}).get("accessToken") or {}
+            return Account(str(who["name"]), str(token.get("role") or ""))
+
+        return self._call("asking whose token this is", ask)
 
     def check_write(self, repo: str) -> None:
         """Raises AuthError unless the token may write to the repo."""
@@ -301,7 +309,8 @@ class Hub:
     ) -> str:
         """One commit on top of `parent`; returns its id. An error does not mean that it did not land."""
         all_ = [*operations, *(CommitOperationDelete(path, is_folder=False) for path in delete)]
-        with _no_bars():
+        with _no_bars(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # hints about the card's metadata; its faults are told by check_card
             info = self._call(
                 f"committing to {repo}", self._api.create_commit, repo, all_, commit_message=title, revision=revision,
                 parent_commit=parent, retry=False,
@@ -322,18 +331,25 @@ class Hub:
 
         return self._call(f"opening a pull request on {repo}", ask)
 
-    def pull_is_open(self, repo: str, number: int) -> bool:
-        def ask() -> bool:
+    def pull_status(self, repo: str, number: int) -> str:
+        """draft, open, closed, merged, or "" if there is no such pull request."""
+
+        def ask() -> str:
             try:
-                return self._api.get_discussion_details(repo, number).status in ("open", "draft")
-            except (EntryNotFoundError, RepositoryNotFoundError):
-                return False
+                return self._api.get_discussion_details(repo, number).status
             except HfHubHTTPError as e:
                 if e.response.status_code == 404:
-                    return False
+                    return ""
                 raise
 
         return self._call(f"reading pull request {number} of {repo}", ask)
+
+    def publish_pull(self, repo: str, number: int) -> None:
+        """Make a draft an open pull request. Raises AuthError where only the repo's owner may."""
+        if self.pull_status(repo, number) == "draft":
+            self._call(
+                f"opening pull request {number} of {repo}", self._api.change_discussion_status, repo, number, "open"
+            )
 
     def tag(self, repo: str, name: str, commit: str) -> None:
         """Raises RemoteChanged if the tag exists on another commit."""
@@ -460,12 +476,9 @@ class Hub:
                 return HubUnavailable(f"{doing} needs the hub, and HF_HUB_OFFLINE is set: unset it"), False, 0
             if isinstance(e, LocalEntryNotFoundError) and not isinstance(e.__cause__, httpx2.HTTPError | OSError):
                 return InputError(f"{doing}: not in the local cache, and the hub cannot be asked"), False, 0
-            if isinstance(e, HfHubHTTPError):
+            if isinstance(e, HfHubHTTPError | httpx2.HTTPStatusError):
                 status = e.response.status_code
-                return self._by_status(e, status, doing), status in RETRYABLE, _asked_wait(e.response)
-            if isinstance(e, httpx2.HTTPStatusError):
-                status = e.response.status_code
-                return self._by_status(e, status, doing), status in RETRYABLE, _asked_wait(e.response)
+                return self._by_status(e, e.response, doing), status in RETRYABLE, _asked_wait(e.response)
             if isinstance(e, httpx2.TransportError):
                 what = "does not answer" if isinstance(e, httpx2.TimeoutException) else "cannot be reached"
                 return HubUnavailable(f"{doing}: {self.endpoint} {what} ({type(e).__name__})"), True, 0
@@ -473,15 +486,18 @@ class Hub:
                 return ResourceError(f"{doing}: the disk is full ({e.filename or 'in the cache of hf'})"), False, 0
         if isinstance(error, FileNotFoundError):
             return CheckFailed(f"{doing}: {error.filename} is gone"), False, 0
-        if isinstance(error, KeyError | TypeError) or "JSON" in type(error).__name__:
+        if isinstance(error, MALFORMED) or "JSON" in type(error).__name__:
             return HubUnavailable(f"{doing}: {self.endpoint} gave an answer that is none of a hub"), True, 0
         if isinstance(error, OSError | RuntimeError):  # Xet: text is all there is
             return HubUnavailable(f"{doing}: {self._clean(str(error)) or type(error).__name__}"), True, 0
         return InputError(f"{doing}: {self._clean(str(error))}"), False, 0
 
-    def _by_status(self, error: BaseException, status: int, doing: str) -> PublishError:
+    def _by_status(self, error: BaseException, answer: httpx2.Response, doing: str) -> PublishError:
+        status = answer.status_code
         words = self._clean(str(getattr(error, "server_message", None) or ""))
         said = f"{status}: {words}" if words else str(status)
+        if status not in RETRYABLE and answer.url.host != urlsplit(self.endpoint).hostname:
+            return HubUnavailable(f"{doing}: the storage behind the hub refuses ({said}); run again")
         if isinstance(error, GatedRepoError):
             return AuthError(f"{doing}: the repo is gated; accept its terms on the hub with this token's account")
         if status == 401:
@@ -557,11 +573,12 @@ def _is_true(value: str | None) -> bool:
 
 
 def _bypass_proxy() -> None:
-    """A proxy cannot reach this machine's own loopback."""
-    for name in ("NO_PROXY", "no_proxy"):
-        have = [h for h in os.environ.get(name, "").split(",") if h]
-        if (have or name == "NO_PROXY") and "*" not in have:
-            os.environ[name] = ",".join(dict.fromkeys([*have, *LOOPBACK]))
+    """A proxy, if one is configured, cannot reach this machine's own loopback."""
+    if not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+        return
+    have = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = dict.fromkeys([*filter(None, have.split(",")), *LOOPBACK])
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
 
 
 @contextmanager

@@ -36,7 +36,9 @@ class Measured:
     bench: Bench | None
 
 
-def measure_all(project: Project, base: ResolvedBase, wanted: Mapping[str, Wanted], report: Report) -> dict[str, Measured]:
+def measure_all(
+    project: Project, base: ResolvedBase, wanted: Mapping[str, Wanted], report: Report
+) -> dict[str, Measured]:
     """Run what is wanted and write each result as soon as it is there; a killed run keeps the finished ones.
 
     A variant whose smoke test fails is not benchmarked. A base that does not fit into memory costs the comparison of
@@ -56,7 +58,9 @@ def measure_all(project: Project, base: ResolvedBase, wanted: Mapping[str, Wante
         if want.smoke:
             limit = ceiling(project, id)
             assert ref is not None
-            verdict = smoke(project, model, ref, limit) if model else not_loaded(error or CheckpointError("cannot be loaded"))
+            verdict = (
+                smoke(project, model, ref, limit) if model else not_loaded(error or CheckpointError("cannot be loaded"))
+            )
             smoked = Smoke(
                 version=SMOKE_VERSION, weights_hash=want.manifest.weights_hash, base_hash=source_hash,
                 settings=smoke_settings(project), ceiling=limit, passed=verdict.passed, kld=verdict.kld,
@@ -66,7 +70,9 @@ def measure_all(project: Project, base: ResolvedBase, wanted: Mapping[str, Wante
             write_model(results / "smoke.json", smoked)
             failed = next((c for c in verdict.checks if c.passed is False), None)
             told = f"KL {verdict.kld:.4f}" if verdict.kld is not None else ""
-            report.line(f"{id}: smoke {'passed' if verdict.passed else 'FAILED'}  {failed.name + ': ' + failed.detail if failed else told}")
+            if failed:
+                told = f"{failed.name}: {failed.detail}"
+            report.line(f"{id}: smoke {'passed' if verdict.passed else 'FAILED'}  {told}")
         if want.bench and (smoked is None or smoked.passed):
             with report.bar(f"{id}: bench"):
                 speed = measure(model, project.ladder.bench, text) if model else Speed(reason=str(error))

@@ -9,9 +9,11 @@ from types import ModuleType
 from typing import Any
 
 from inference.checkpoint import Checkpoint, QuantSpec
+from inference.errors import InputError
 from inference.families import family_of, names_of
 from inference.layout import Target
-from quant.recipe import Recipe, TensorPlan, applied_layers, resolve, rule_bits
+from quant.awq import scalable
+from quant.recipe import Recipe, RuleError, TensorPlan, applied_layers, resolve, rule_bits
 
 from .schema import BaseInput, BuildInputs, ImatrixInput, RuleInput
 from .store import digest
@@ -71,9 +73,18 @@ def plan_variant(project: Project, id: str, checkpoint: Checkpoint, targets: Seq
     spec, recipe = project.variant(id), project.recipe(id)
     table = quant_table(checkpoint.config)
     kept = select_targets(project, id, targets)
-    plans = resolve(
-        recipe, spec.bits, project.group_size(id), kept, table.CLASSES, scalable(table), project.imatrix(id) is not None
-    )
+    try:
+        plans = resolve(
+            recipe,
+            spec.bits,
+            project.group_size(id),
+            kept,
+            table.CLASSES,
+            scalable(table.AWQ_GROUPS),
+            project.imatrix(id) is not None,
+        )
+    except RuleError as e:
+        raise InputError(f"{project.at(*project.rule_keys(id, e.rule))}: {e}") from None
     text = [p for p in plans if p.target.part == "text"]
     names = names_of(checkpoint.config)
     caches = names.cache_nbytes(names.read_config(checkpoint.config), CONTEXT)
@@ -97,11 +108,6 @@ def select_targets(project: Project, id: str, targets: Sequence[Target]) -> list
     """The tensors that a variant stores: MTP and vision by its choice."""
     drop = {part for part, choice in (("mtp", project.mtp(id)), ("vision", project.vision(id))) if choice == "drop"}
     return [t for t in targets if t.part not in drop]
-
-
-def scalable(table: ModuleType) -> tuple[str, ...]:
-    """Globs of the modules whose input channels AWQ can scale in this family."""
-    return tuple(f"*.{member}" for group in table.AWQ_GROUPS for member in group.members)
 
 
 def class_rows(plans: Sequence[TensorPlan], order: Sequence[str] = ()) -> list[ClassRow]:

@@ -47,5 +47,7 @@ def release(
             report.line(f"{plan.id}: not pushed: {str(e).splitlines()[0]}")
             continue
         receipts.append(receipt)
-        report.line(f"{plan.id}: {'was up to date' if plan.up_to_date else 'pushed'}  {plan.repo} {receipt.commit[:12]}")
+        report.line(
+            f"{plan.id}: {'was up to date' if plan.up_to_date else 'pushed'}  {plan.repo} {receipt.commit[:12]}"
+        )
     return receipts, failed

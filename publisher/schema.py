@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -40,11 +40,11 @@ def _source(value: Any) -> Any:
 class Base(File):
     """The unquantized model: a local folder, or a Hub repo at a revision."""
 
-    repo: HubId | None = Field(None, description="Hub id of the original model, e.g. Qwen/Qwen3.5-9B")
-    revision: str = Field("main", description="branch, tag or commit; resolved to a commit in variants.lock")
-    path: str | None = Field(None, description="local folder, relative to variants.yaml")
+    repo: HubId | None = Field(default=None, description="Hub id of the original model, e.g. Qwen/Qwen3.5-9B")
+    revision: str = Field(default="main", description="branch, tag or commit; resolved to a commit in variants.lock")
+    path: str | None = Field(default=None, description="local folder, relative to variants.yaml")
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=96)] | None = Field(
-        None, description="what cards call a base that is only a folder; default: the folder's name"
+        default=None, description="what cards call a base that is only a folder; default: the folder's name"
     )
 
     @model_validator(mode="after")
@@ -58,10 +58,10 @@ class Base(File):
 class ImatrixSource(File):
     """Importance statistics in GGUF form: a local file, or a file of a Hub repo."""
 
-    path: str | None = Field(None, description="local file, relative to variants.yaml")
-    repo: HubId | None = Field(None, description="Hub id of the repo that holds the file")
-    file: str | None = Field(None, description="file name in that repo")
-    revision: str = Field("main", description="branch, tag or commit of that repo")
+    path: str | None = Field(default=None, description="local file, relative to variants.yaml")
+    repo: HubId | None = Field(default=None, description="Hub id of the repo that holds the file")
+    file: str | None = Field(default=None, description="file name in that repo")
+    revision: str = Field(default="main", description="branch, tag or commit of that repo")
 
     @model_validator(mode="after")
     def _one(self) -> ImatrixSource:
@@ -77,12 +77,14 @@ class RuleSpec(File):
     bits: Bits | Literal["bf16"] | Annotated[str, StringConstraints(pattern=r"^N(\+[0-9])?$")] = Field(
         description="2, 3, 4, 5, 6, 8, bf16, or N, N+1 … of the variant's base bits (7 becomes 8)"
     )
-    group_size: Literal[16, 32, 64, 128] | None = Field(None, description="weights a group; default: the variant's")
-    mode: Mode = Field("affine", description="number format of the codes")
+    group_size: Literal[16, 32, 64, 128] | None = Field(
+        default=None, description="weights a group; default: the variant's"
+    )
+    mode: Mode = Field(default="affine", description="number format of the codes")
     awq: bool = Field(False, description="scale input channels before rounding, where an imatrix is named")
-    why: str = Field("", description="the reason, printed on the card")
+    why: str = Field(default="", description="the reason, printed on the card")
     layers: Literal["use_more_bits"] | list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="restrict to these layer numbers, or to llama.cpp's use_more_bits set"
+        default=None, description="restrict to these layer numbers, or to llama.cpp's use_more_bits set"
     )
     optional: bool = Field(False, description="matching nothing is no error")
 
@@ -90,15 +92,15 @@ class RuleSpec(File):
 class RecipeSpec(File):
     """A recipe of the user's own."""
 
-    extends: str | None = Field(None, description="recipe whose rules follow after these")
+    extends: str | None = Field(default=None, description="recipe whose rules follow after these")
     rules: list[RuleSpec] = Field(default_factory=list, description="tried in order")
     awq_exponent: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description="scales are E[x²]^(exponent/2); 1 is the reference, 0 none"
+        default=None, description="scales are E[x²]^(exponent/2); 1 is the reference, 0 none"
     )
-    smoke_kld: dict[Bits, Annotated[float, Field(gt=0)]] | None = Field(
-        None, description="smoke test: largest mean KL divergence from BF16, nats a token, by base bits"
+    smoke_kld: dict[Bits, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        default=None, description="smoke test: largest mean KL divergence from BF16, nats a token, by base bits"
     )
-    origin: str = Field("", description="where rules and reasons come from; printed on the card")
+    origin: str = Field(default="", description="where rules and reasons come from; printed on the card")
 
 
 class VariantSpec(File):
@@ -109,14 +111,14 @@ class VariantSpec(File):
     rules: list[RuleSpec] = Field(default_factory=list, description="this variant's own rules, tried first")
     group_size: GroupSize | None = None
     awq_exponent: Annotated[float, Field(ge=0, le=2)] | None = None
-    smoke_kld: Annotated[float, Field(gt=0)] | None = None
+    smoke_kld: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     imatrix: Annotated[ImatrixSource | Literal[False], BeforeValidator(_source)] | None = Field(
-        None, description="this variant's imatrix; false for none"
+        default=None, description="this variant's imatrix; false for none"
     )
     mtp: Literal["drop", "keep", "split"] | None = None
     vision: Literal["keep", "drop"] | None = None
-    repo: HubId | None = Field(None, description="full repo id; default: owner and the name pattern")
-    note: str = Field("", max_length=500, description="the variant's note in the collection")
+    repo: HubId | None = Field(default=None, description="full repo id; default: owner and the name pattern")
+    note: str = Field(default="", max_length=500, description="the variant's note in the collection")
 
 
 class SmokeSpec(File):
@@ -125,9 +127,9 @@ class SmokeSpec(File):
     prompts: list[str] = Field(
         default=["The quick brown fox", "In order to install the package,", "def main():"], min_length=1, max_length=16
     )
-    max_tokens: Annotated[int, Field(ge=8, le=1024)] = 64
+    max_tokens: Annotated[int, Field(ge=32, le=1024)] = 64
     seed: int = 0
-    text: str | None = Field(None, description="file with the fixed text for the divergence; default: bundled")
+    text: str | None = Field(default=None, description="file with the fixed text for the divergence; default: bundled")
     text_tokens: Annotated[int, Field(ge=32, le=8192)] = 512
 
 
@@ -135,8 +137,8 @@ class BenchSpec(File):
     """The benchmark's protocol."""
 
     turns: Annotated[int, Field(ge=1, le=16)] = 4
-    turn_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(128, description="tokens generated a turn")
-    prefill: list[Annotated[int, Field(ge=1, le=131072)]] = Field([128, 512, 2048], min_length=1)
+    turn_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(default=128, description="tokens generated a turn")
+    prefill: list[Annotated[int, Field(ge=1, le=131072)]] = Field(default=[128, 512, 2048], min_length=1)
     runs: Annotated[int, Field(ge=1, le=50)] = 3
 
 
@@ -144,16 +146,16 @@ class CollectionSpec(File):
     """The Hub collection that lists the ladder."""
 
     title: str = Field(min_length=1, max_length=60)
-    description: str = Field("", max_length=150)
+    description: str = Field(default="", max_length=150)
 
 
 class CardSpec(File):
     """What the card says beside the measured."""
 
-    templates: str | None = Field(None, description="folder whose blocks override the built-in template's")
+    templates: str | None = Field(default=None, description="folder whose blocks override the built-in template's")
     tags: list[str] = Field(default_factory=list)
-    license: str | None = Field(None, description="only where the base's own card names none")
-    intro: str = Field("", description="a paragraph under the lead")
+    license: str | None = Field(default=None, description="only where the base's own card names none")
+    intro: str = Field(default="", description="a paragraph under the lead")
 
 
 class Ladder(File):
@@ -161,32 +163,31 @@ class Ladder(File):
 
     base: Annotated[Base, BeforeValidator(_source)]
     owner: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=64)] | None = Field(
-        None, description="Hub user or organization that the repos belong to"
+        default=None, description="Hub user or organization that the repos belong to"
     )
-    repo: str = Field("{base}-UD-{id}-mlx", description="pattern of the repo names; {base} and {id} are filled in")
-    quantized_by: str | None = Field(None, description="default: owner")
-    output: str = Field("build", description="folder for everything built, relative to variants.yaml")
-    recipe: str = Field("unsloth", description="default recipe of the variants")
+    repo: str = Field(
+        default="{base}-UD-{id}-mlx", description="pattern of the repo names; {base} and {id} are filled in"
+    )
+    quantized_by: str | None = Field(default=None, description="default: owner")
+    output: str = Field(default="build", description="folder for everything built, relative to variants.yaml")
+    recipe: str = Field(default="unsloth", description="default recipe of the variants")
     recipes: dict[str, RecipeSpec] = Field(default_factory=dict, description="recipes of your own, by name")
-    group_size: GroupSize = Field(64, description="weights that share a scale, unless a rule says otherwise")
+    group_size: GroupSize = Field(default=64, description="weights that share a scale, unless a rule says otherwise")
     imatrix: Annotated[ImatrixSource, BeforeValidator(_source)] | None = None
-    mtp: Literal["drop", "keep", "split"] = Field("drop", description="the multi-token-prediction head")
-    vision: Literal["keep", "drop"] = Field("keep", description="the vision tower; kept in bf16")
+    mtp: Literal["drop", "keep", "split"] = Field(default="drop", description="the multi-token-prediction head")
+    vision: Literal["keep", "drop"] = Field(default="keep", description="the vision tower; kept in bf16")
     smoke: SmokeSpec = SmokeSpec()
     bench: BenchSpec = BenchSpec()
     card: CardSpec = CardSpec()
     collection: CollectionSpec | None = None
     variants: dict[VariantId, VariantSpec] = Field(min_length=1, description="the ladder, smallest first")
 
-    @model_validator(mode="after")
-    def _pattern(self) -> Ladder:
-        try:
-            names = [self.repo.format(base="base", id=i) for i in self.variants]
-        except (KeyError, IndexError, ValueError, AttributeError):
-            raise ValueError(f"repo: pattern {self.repo!r}: only {{base}} and {{id}} can be filled in") from None
-        if len(set(names)) < len(names):
-            raise ValueError(f"repo: pattern {self.repo!r} gives two variants the same name; expected {{id}} in it")
-        return self
+    @field_validator("repo")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        if set("{}") & set(value.replace("{base}", "").replace("{id}", "")):
+            raise ValueError("expected a name in which only {base} and {id} are filled in")
+        return value
 
 
 # ---------------------------------------------------------------------------------------------- variants.lock

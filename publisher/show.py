@@ -31,7 +31,9 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable
     numbers = set(right)
     grid = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, header_style="bold")
     for i, header in enumerate(headers):
-        grid.add_column(header, justify="right" if i in numbers else "left", no_wrap=i in numbers or i == 0, overflow="fold")
+        grid.add_column(
+            header, justify="right" if i in numbers else "left", no_wrap=i in numbers or i == 0, overflow="fold"
+        )
     for row in rows:
         grid.add_row(*(cell.replace("[", "\\[") for cell in row))
     terminal = sys.stdout.isatty()
@@ -98,7 +100,16 @@ def plan_text(seen: Survey) -> str:
     commit = f" at {seen.base.commit[:12]}" if seen.base.commit else ""
     digits = 2 if rungs[0].plan.nbytes >= 1e9 else 4
     sizes = table(
-        ("variant", "recipe", "GB", "GiB", "bits/weight", "with vision", f"GB to run, {CONTEXT // 1024}k context", "stale"),
+        (
+            "variant",
+            "recipe",
+            "GB",
+            "GiB",
+            "bits/weight",
+            "with vision",
+            f"GB to run, {CONTEXT // 1024}k context",
+            "stale",
+        ),
         [
             (
                 r.id,
@@ -124,8 +135,8 @@ def plan_text(seen: Survey) -> str:
             "",
             _classes(rungs),
             "",
-            "GB is 1e9 bytes, GiB is 2^30. Bits a weight: language model alone, and all that is stored. To run: language model and",
-            "caches, before workspace.",
+            "GB is 1e9 bytes, GiB is 2^30 bytes, vision tower included. Bits a weight: of the language model alone, and of all",
+            "that is stored. To run: language model and caches, before workspace.",
             f"To build {len(stale)} of {len(rungs)}: {need / 1e9:.2f} GB of disk, at most {BUILD_MEMORY_GB:g} GB of memory."
             if stale
             else "Weights of all variants are current.",
@@ -199,9 +210,11 @@ def status_text(seen: Survey, remotes: Mapping[str, RemoteState]) -> str:
     notes = []
     for r in seen.rungs.values():
         row = _status_row(seen.project, r, remotes.get(r.id))
-        rows.append((r.id, _state_word(row), _why(row), _pushed_word(row["pushed"]), *([_remote_word(row)] if remotes else [])))
+        rows.append(
+            (r.id, _state_word(row), _why(row), _pushed_word(row["pushed"]), *([_remote_word(row)] if remotes else []))
+        )
         if remotes:
-            notes += [f"{r.id}: {d}" for d in row["remote"]["differences"]]
+            notes += [f"{r.id}: {d.removeprefix(f'{r.id}: ')}" for d in row["remote"]["differences"]]
     headers = ("variant", "state", "why", "pushed", *(["remote"] if remotes else []))
     return "\n".join([table(headers, rows), *notes])
 
@@ -264,7 +277,9 @@ def outcomes_text(project: Project, outcomes: Sequence[Outcome]) -> str:
             continue
         results = project.store.results(manifest.weights_hash)
         smoke, bench = read_result(results / "smoke.json", Smoke), read_result(results / "bench.json", Bench)
-        done = [w for w, did in (("weights", o.rebuilt), ("smoke", o.smoked), ("bench", o.benched), ("card", o.card)) if did]
+        done = [
+            w for w, did in (("weights", o.rebuilt), ("smoke", o.smoked), ("bench", o.benched), ("card", o.card)) if did
+        ]
         rows.append(
             (
                 o.id,
@@ -276,7 +291,9 @@ def outcomes_text(project: Project, outcomes: Sequence[Outcome]) -> str:
                 ", ".join(done) or "nothing",
             )
         )
-    return table(("variant", "GB", "bits/weight", "KL, nats", "decode tok/s", "smoke", "done now"), rows, right=(1, 2, 3, 4))
+    return table(
+        ("variant", "GB", "bits/weight", "KL, nats", "decode tok/s", "smoke", "done now"), rows, right=(1, 2, 3, 4)
+    )
 
 
 def results_json(project: Project, ids: Sequence[str]) -> dict[str, Any]:
@@ -285,7 +302,10 @@ def results_json(project: Project, ids: Sequence[str]) -> dict[str, Any]:
         manifest = read_manifest(project, id)
         if manifest:
             results = project.store.results(manifest.weights_hash)
-            found = {"smoke": read_result(results / "smoke.json", Smoke), "bench": read_result(results / "bench.json", Bench)}
+            found = {
+                "smoke": read_result(results / "smoke.json", Smoke),
+                "bench": read_result(results / "bench.json", Bench),
+            }
             out[id] = {k: v.model_dump(mode="json") if v else None for k, v in found.items()}
     return out
 
@@ -317,7 +337,9 @@ def results_text(project: Project, ids: Sequence[str], step: str) -> str:
 def cards_text(project: Project, ids: Sequence[str], changed: Iterable[str]) -> str:
     changed = set(changed)
     built = [i for i in ids if read_manifest(project, i)]
-    return "\n".join(f"{i}: {'card written' if i in changed else 'card was current'}" for i in built) or "nothing is built"
+    return (
+        "\n".join(f"{i}: {'card written' if i in changed else 'card was current'}" for i in built) or "nothing is built"
+    )
 
 
 def card_diffs(project: Project, texts: Mapping[str, str]) -> dict[str, str]:
@@ -328,7 +350,9 @@ def card_diffs(project: Project, texts: Mapping[str, str]) -> dict[str, str]:
         old = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         if old != text:
             name = f"{id}/README.md"
-            diff = difflib.unified_diff(old.splitlines(True), text.splitlines(True), f"{name} (on disk)", f"{name} (rendered)")
+            diff = difflib.unified_diff(
+                old.splitlines(True), text.splitlines(True), f"{name} (on disk)", f"{name} (rendered)"
+            )
             out[id] = "".join(diff)
     return out
 
@@ -340,9 +364,15 @@ def checks_json(checks: Mapping[str, Sequence[Check]]) -> dict[str, Any]:
     return {id: [c.model_dump() for c in found] for id, found in checks.items()}
 
 
-def checks_text(checks: Mapping[str, Sequence[Check]]) -> str:
+def checks_text(checks: Mapping[str, Sequence[Check]], brief: bool = False) -> str:
+    """A row a check; brief: one row for a variant that passed them all."""
     words = {True: "ok", False: "FAILED", None: "not checked"}
-    rows = [(id, c.name, words[c.passed], c.detail) for id, found in checks.items() for c in found]
+    rows = []
+    for id, found in checks.items():
+        if brief and all(c.passed for c in found):
+            rows.append((id, f"all {len(found)}", "ok", ", ".join(c.name for c in found)))
+        else:
+            rows += [(id, c.name, words[c.passed], c.detail) for c in found]
     return table(("variant", "check", "result", "detail"), rows)
 
 
@@ -378,7 +408,13 @@ def push_text(plans: Sequence[PushPlan], endpoint: str) -> str:
             what = ", ".join(f"{word} {n}" for word, n in parts if n) + f"; keep {len(p.unchanged)}"
         rows.append((p.id, p.repo, "" if p.exists else "new", what, size(p.bytes_to_send) if not p.up_to_date else ""))
     total = sum(p.bytes_to_send for p in plans)
-    return "\n".join([f"to {endpoint}", table(("variant", "repo", "", "change", "to send"), rows, right=(4,)), f"at most {size(total)} to send"])
+    return "\n".join(
+        [
+            f"to {endpoint}",
+            table(("variant", "repo", "", "change", "to send"), rows, right=(4,)),
+            f"at most {size(total)} to send",
+        ]
+    )
 
 
 def receipts_json(receipts: Sequence[Receipt]) -> dict[str, Any]:
@@ -387,6 +423,7 @@ def receipts_json(receipts: Sequence[Receipt]) -> dict[str, Any]:
 
 def receipts_text(receipts: Sequence[Receipt], endpoint: str) -> str:
     rows = [
-        (r.id, f"{endpoint}/{r.repo}", r.commit[:12], f"PR {r.pull_request}" if r.pull_request else (r.tag or "")) for r in receipts
+        (r.id, f"{endpoint}/{r.repo}", r.commit[:12], f"PR {r.pull_request}" if r.pull_request else (r.tag or ""))
+        for r in receipts
     ]
     return table(("variant", "repo", "commit", "tag"), rows)

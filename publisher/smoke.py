@@ -13,7 +13,7 @@ from pathlib import Path
 
 from inference.backend import mx
 from inference.divergence import kld, nonfinite_count, top1_agreement
-from inference.errors import CheckpointError, InputError, ResourceError
+from inference.errors import CheckpointError, InputError
 from inference.generate import Sampling, chat, generate
 from inference.load import Model, hidden_states_streamed, load_head
 from inference.tokenizer import Tokenizer
@@ -70,12 +70,16 @@ def smoke(project: Project, model: Model, ref: Reference, ceiling: float) -> Ver
     logits = model.forward(mx.array([list(ref.tokens)]))[0]
     bad = nonfinite_count(logits)
     checks.append(
-        Check(name="finite logits", passed=not bad, detail=f"{bad} of {len(ref.tokens)} positions hold a NaN or an infinity")
+        Check(
+            name="finite logits",
+            passed=not bad,
+            detail=f"{bad} of {len(ref.tokens)} positions are not finite",
+        )
     )
     mean = None
     if not bad:
-        mean = float(kld(ref.logits, logits).mean().item())
-        same = float(top1_agreement(ref.logits, logits).mean().item())
+        mean = _mean(kld(ref.logits, logits))
+        same = _mean(top1_agreement(ref.logits, logits))
         checks.append(
             Check(
                 name="divergence from BF16",
@@ -106,10 +110,18 @@ def repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def _mean(values: mx.array) -> float:
+    return float(values.astype(mx.float32).mean())  # type: ignore[arg-type]
+
+
 def _repeats(found: list[float], ref: Reference) -> Check:
     name, mean = "repetition", sum(found) / len(found)
     if ref.repetition is None:
-        return Check(name=name, passed=None, detail=f"{100 * mean:.0f} % of {NGRAM}-grams repeated; base not compared: {ref.reason}")
+        return Check(
+            name=name,
+            passed=None,
+            detail=f"{100 * mean:.0f} % of {NGRAM}-grams repeated; base not compared: {ref.reason}",
+        )
     own = max(ref.repetition)
     return Check(
         name=name,
@@ -137,10 +149,16 @@ def _chat_turn(model: Model, seed: int) -> Check:
         return Check(name=name, passed=None, detail="the base has no chat template")
     messages = [{"role": "user", "content": CHAT_TURN}]
     try:
-        tokens = list(chat(model, messages, max_tokens=CHAT_TOKENS, sampling=Sampling(temperature=0.6, top_p=0.95, seed=seed)))
+        tokens = list(
+            chat(model, messages, max_tokens=CHAT_TOKENS, sampling=Sampling(temperature=0.6, top_p=0.95, seed=seed))
+        )
     except CheckpointError as e:
         return Check(name=name, passed=False, detail=str(e))
-    return Check(name=name, passed=bool(tokens), detail=f"{len(tokens)} tokens through the template, ended by {tokens[-1].finish}")
+    return Check(
+        name=name,
+        passed=bool(tokens),
+        detail=f"{len(tokens)} tokens through the template, ended by {tokens[-1].finish}",
+    )
 
 
 def _tokens(project: Project, tokenizer: Tokenizer) -> list[int]:
@@ -148,6 +166,3 @@ def _tokens(project: Project, tokenizer: Tokenizer) -> list[int]:
     if len(tokens) < 32:
         raise InputError(f"smoke.text: {len(tokens)} tokens, expected at least 32")
     return tokens
-
-
-__all__ = ["Reference", "ResourceError", "Verdict", "not_loaded", "reference", "reference_streamed", "repetition", "smoke"]

@@ -63,7 +63,9 @@ def rule_reasons(old: BuildInputs, now: BuildInputs) -> list[str]:
         else:
             for key in ("bits", "group_size", "mode", "awq"):
                 if getattr(before, key) != getattr(after, key):
-                    reasons.append(f"rules[{pattern[0]}].{key}: {_show(getattr(before, key))} → {_show(getattr(after, key))}")
+                    reasons.append(
+                        f"rules[{pattern[0]}].{key}: {_show(getattr(before, key))} → {_show(getattr(after, key))}"
+                    )
     if not reasons and old.rules != now.rules:
         reasons.append("rules: another order")
     return reasons

@@ -13,7 +13,7 @@ from inference.families import family_of
 from .schema import Ladder
 
 LADDER = (2, 3, 4, 5, 6, 8)
-SCHEMA_FILE = "variants.schema.json"
+IMATRIX = "# Importance matrix: AWQ scaling for the rules that ask for it.\n"
 
 TEMPLATE = """\
 # The ladder of {name}: `publish plan` shows what it comes to, `publish build --all` makes it, `publish push --all` releases it.
@@ -37,7 +37,9 @@ vision: keep   # the vision tower, kept in bf16: keep or drop
 {variants}"""
 
 
-def starter(base: str, folder: Path, revision: str = "main", owner: str | None = None, imatrix: str | None = None) -> str:
+def starter(
+    base: str, folder: Path, revision: str = "main", owner: str | None = None, imatrix: str | None = None
+) -> str:
     """Text of a variants.yaml for `base`, a Hub id or a local folder. `folder` is where the file will lie.
 
     Raises InputError if the base is neither, or is of an architecture that is not supported.
@@ -72,11 +74,11 @@ def _imatrix(given: str | None, folder: Path) -> str:
         )
     path = Path(given).expanduser()
     if path.is_file():
-        return f"# Importance matrix: AWQ scaling for the rules that ask for it.\nimatrix:\n  path: {json.dumps(_relative(path, folder))}\n"
+        return f"{IMATRIX}imatrix:\n  path: {json.dumps(_relative(path, folder))}\n"
     found = re.fullmatch(r"([A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+)/(.+)", given)
     if not found or given.startswith((".", "/", "~")):
         raise InputError(f"{given}: no such file, and not OWNER/REPO/FILE on the Hub")
-    return f"# Importance matrix: AWQ scaling for the rules that ask for it.\nimatrix:\n  repo: {found[1]}\n  file: {json.dumps(found[2])}\n"
+    return f"{IMATRIX}imatrix:\n  repo: {found[1]}\n  file: {json.dumps(found[2])}\n"
 
 
 def _relative(path: Path, folder: Path) -> str:

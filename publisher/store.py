@@ -1,14 +1,15 @@
 """Where things lie below the output folder, and how they are written: atomically, as sorted JSON.
 
-    out/<ID>/                        one variant, exactly what is pushed: weights, config, tokenizer, README.md, manifest.json
-    out/results/<weights hash>/      build.json smoke.json bench.json
-    out/receipts/<ID>.json           what was pushed
-    out/base.json                    content hashes of the base's tensors, kept while its files' size and time stay
-    out/staging/<ID>-<inputs>/       a build under way
+out/<ID>/                        one variant, exactly what is pushed: weights, config, tokenizer, README.md, manifest.json
+out/results/<weights hash>/      build.json smoke.json bench.json
+out/receipts/<ID>.json           what was pushed
+out/base.json                    content hashes of the base's tensors, kept while its files' size and time stay
+out/staging/<ID>-<inputs>/       a build under way
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ from pydantic import BaseModel, ValidationError
 from inference.errors import InputError
 
 Model = TypeVar("Model", bound=BaseModel)
+PART = ".part"  # of a file that is being written
+RESERVED = ("results", "receipts", "staging", "headers", "base.json")  # no variant can have such an id
 
 
 class Store:
@@ -62,7 +65,8 @@ def sha256_file(path: Path) -> str:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write to a temporary file beside `path`, then move it into place: readers see the old or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    discard_leftovers(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(data)
@@ -73,6 +77,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def discard_leftovers(path: Path) -> None:
+    """Remove the temporary files of writes to `path` that were killed: a variant's folder is pushed as it is."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):
+        left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -94,7 +104,9 @@ def read_model(path: Path, kind: type[Model]) -> Model | None:
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(p) for p in first["loc"])
-        raise InputError(f"{path.name} ({path.parent.name}): {where}: {first['msg']}; delete the file to redo it") from None
+        raise InputError(
+            f"{path.name} ({path.parent.name}): {where}: {first['msg']}; delete the file to redo it"
+        ) from None
 
 
 def read_result(path: Path, kind: type[Model]) -> Model | None:

@@ -48,7 +48,11 @@ class Survey:
 
 
 def survey(
-    project: Project, hub: Callable[[], Hub], weights: bool = False, cards: bool = True, ids: Sequence[str] | None = None
+    project: Project,
+    hub: Callable[[], Hub],
+    weights: bool = False,
+    cards: bool = True,
+    ids: Sequence[str] | None = None,
 ) -> Survey:
     """weights: download the base if need be. cards: also compare every built variant's card with what would be rendered.
     ids: look at these variants only."""
@@ -81,7 +85,9 @@ def _rung(project: Project, base: ResolvedBase, id: str) -> Rung:
         smoke=smoke_reasons(smoke, SMOKE_VERSION, smoke_settings(project), base_hash, ceiling(project, id))
         if not weights
         else ["weights are stale"],
-        bench=bench_reasons(bench, BENCH_VERSION, bench_settings(project), base_hash) if not weights else ["weights are stale"],
+        bench=bench_reasons(bench, BENCH_VERSION, bench_settings(project), base_hash)
+        if not weights
+        else ["weights are stale"],
         card=[] if manifest else ["not rendered"],
         failed=failure(smoke),
     )

@@ -45,28 +45,36 @@ def sampling_of(folder: Path, given: dict[str, Any]) -> Sampling:
 
 
 def talk(
-    folder: Path, prompt: str | None, think: bool | None, given: dict[str, Any], echo: Callable[..., None], report: Report
-) -> None:
-    """One question, or a conversation until end of file. The caches stay, so that a turn prefills only what is new."""
+    folder: Path,
+    prompt: str | None,
+    think: bool | None,
+    given: dict[str, Any],
+    echo: Callable[..., None],
+    report: Report,
+) -> list[dict[str, str]]:
+    """One question, or a conversation until end of file; returns its turns. The caches stay, so that a turn prefills only
+    what is new."""
     model = load(folder)
     sampling, max_tokens = sampling_of(folder, given), given["max_tokens"]
     variables = {} if think is None else {"enable_thinking": think}
     if prompt is not None:
-        _answer(model, [], prompt, model.make_cache(), sampling, max_tokens, variables, echo)
-        return
+        answer = _answer(model, [], prompt, model.make_cache(), sampling, max_tokens, variables, echo)
+        return [{"question": prompt, "answer": answer}]
     if sys.stdin.isatty():
         report.line(f"{folder.name}: {model.nbytes / 1e9:.2f} GB in memory. {HELP}")
     messages: list[dict[str, Any]] = []
+    turns: list[dict[str, str]] = []
     cache = model.make_cache()
     while True:
         try:
             question = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
-            return
+            return turns
         if question == "/new":
             messages, cache = [], model.make_cache()
         elif question:
             answer = _answer(model, messages, question, cache, sampling, max_tokens, variables, echo)
+            turns.append({"question": question, "answer": answer})
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 

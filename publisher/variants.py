@@ -6,8 +6,8 @@ Every mistake is one line that names the file, the line, what was found and what
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from quant.builtin import BUILTIN
 from quant.recipe import Recipe, Rule
 
 from .schema import ImatrixSource, Ladder, Lock, RecipeSpec, RuleSpec, VariantSpec
-from .store import Store, read_model
+from .store import RESERVED, Store, read_model
 
 MAX_YAML_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -32,6 +32,12 @@ class Project:
 
     ladder: Ladder
     path: Path
+    lines: Mapping[tuple[Any, ...], int] = field(default_factory=dict, repr=False, compare=False)  # of every key path
+
+    def at(self, *keys: Any) -> str:
+        """`FILE:LINE: KEY`, for a message about a key; the nearest key that the file has, if it lacks this one."""
+        line, _ = _line_of(keys, dict(self.lines))
+        return f"{self.path.name}:{line}: {'.'.join(map(str, keys))}"
 
     @property
     def folder(self) -> Path:
@@ -86,7 +92,9 @@ class Project:
     def recipe(self, id: str) -> Recipe:
         """The recipe of a variant, its own rules first. Raises InputError for an unknown or circular recipe."""
         spec = self.variant(id)
-        recipe = self._named(spec.recipe or self.ladder.recipe, (f"variants.{id}.recipe",))
+        recipe = self._named(
+            spec.recipe or self.ladder.recipe, ("variants", id, "recipe") if spec.recipe else ("recipe",)
+        )
         if spec.rules:
             recipe = replace(recipe, rules=(*map(to_rule, spec.rules), *recipe.rules))
         if spec.awq_exponent is not None:
@@ -95,17 +103,33 @@ class Project:
             recipe = replace(recipe, smoke_kld=((spec.bits, spec.smoke_kld),))
         return recipe
 
-    def _named(self, name: str, trail: tuple[str, ...]) -> Recipe:
+    def _named(self, name: str, keys: tuple[str, ...], trail: tuple[str, ...] = ()) -> Recipe:
+        """keys: where the file names it. trail: the recipes that extend it."""
         if name in trail:
-            raise InputError(f"{self.path.name}: recipes.{name} extends itself: {' → '.join((*trail[1:], name))}")
+            raise InputError(f"{self.at(*keys)}: recipe {trail[0]!r} extends itself: {' → '.join((*trail, name))}")
         own = self.ladder.recipes.get(name)
         if own is None:
             if name not in BUILTIN:
-                known = ", ".join(sorted({*BUILTIN, *self.ladder.recipes}))
-                raise InputError(f"{self.path.name}: {trail[-1]}: recipe {name!r} is unknown; known: {known}")
+                known = sorted({*BUILTIN, *self.ladder.recipes})
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise InputError(f"{self.at(*keys)}: recipe {name!r} is unknown; known: {', '.join(known)}{hint}")
             return BUILTIN[name]
-        parent = self._named(own.extends, (*trail, name)) if own.extends else Recipe(name, ())
+        parent = (
+            self._named(own.extends, ("recipes", name, "extends"), (*trail, name)) if own.extends else Recipe(name, ())
+        )
         return _extend(parent, name, own)
+
+    def rule_keys(self, id: str, index: int | None) -> tuple[Any, ...]:
+        """Where the file writes rule `index` of a variant's recipe; the variant itself for a rule that is built in."""
+        spec = self.variant(id)
+        places: list[tuple[Any, ...]] = [("variants", id, "rules", i) for i in range(len(spec.rules))]
+        name: str | None = spec.recipe or self.ladder.recipe
+        while name in self.ladder.recipes:
+            own = self.ladder.recipes[name]
+            places += [("recipes", name, "rules", i) for i in range(len(own.rules))]
+            name = own.extends
+        return places[index] if index is not None and index < len(places) else ("variants", id)
 
     def select(self, ids: Iterable[str], all_variants: bool = True) -> list[str]:
         """The named variants in the ladder's order, or all. Raises InputError for an unknown id."""
@@ -143,41 +167,63 @@ def load_project(path: Path) -> Project:
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise InputError(f"{path.name}: larger than {MAX_YAML_BYTES} bytes")
-        text = path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; `publish init BASE` writes one") from None
     except UnicodeDecodeError as e:
-        raise InputError(f"{path.name}: not UTF-8 at byte {e.start}") from None
+        line = e.object[: e.start].count(b"\n") + 1
+        raise InputError(f"{path.name}:{line}: found byte {e.object[e.start]:#x}; expected UTF-8") from None
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
-    data, lines = parse_yaml(text, path.name)
+    value, lines = parse_yaml(text, path.name)
     try:
-        ladder = Ladder.model_validate(data)
+        ladder = Ladder.model_validate(value)
     except ValidationError as e:
         raise InputError(_explain(e, lines, path.name)) from None
-    project = Project(ladder, path.absolute())
+    project = Project(ladder, path.absolute(), lines)
     for id in ladder.variants:
         project.recipe(id)
     _check_files(project, lines)
+    _check_names(project)
     return project
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, dict[tuple[Any, ...], int]]:
     """(value, line of every key path). Safe tags only; a key that appears twice, an alias or deep nesting is an error."""
+    lines: dict[tuple[Any, ...], int] = {}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[tuple[Any, ...], int] = {}
+        node = yaml.compose(text, Loader=_Loader)
         value = None if node is None else _build(node, (), lines, name)
     except yaml.MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else 1
         raise InputError(f"{name}:{line}: not YAML: {e.problem}") from None
-    except yaml.YAMLError as e:
-        raise InputError(f"{name}: not YAML: {' '.join(str(e).split())[:160]}") from None
-    except RecursionError:
-        raise InputError(f"{name}: nested too deeply") from None
+    except yaml.reader.ReaderError as e:
+        line = text[: e.position].count("\n") + 1
+        raise InputError(f"{name}:{line}: not YAML: found the control character {e.character:#x}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{name}:1: found {type(value).__name__}, expected keys such as base and variants")
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        raise InputError(f"{name}:1: found {found}, expected keys such as base and variants")
     return value, lines
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses, before anything is expanded, what makes a small file large: aliases and deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem=f"found *{event.anchor}; aliases are not taken: write it out", problem_mark=event.start_mark
+            )
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _constructor = yaml.constructor.SafeConstructor()
@@ -186,8 +232,6 @@ _constructor = yaml.constructor.SafeConstructor()
 def _build(node: yaml.Node, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], name: str) -> Any:
     line = node.start_mark.line + 1
     lines.setdefault(path, line)
-    if len(path) > MAX_DEPTH:
-        raise InputError(f"{name}:{line}: nested more than {MAX_DEPTH} deep")
     if isinstance(node, yaml.MappingNode):
         out: dict[Any, Any] = {}
         for key_node, value_node in node.value:
@@ -231,6 +275,12 @@ def _explain(error: ValidationError, lines: dict[tuple[Any, ...], int], name: st
 
 
 def _expected(error: Any) -> str:
+    if error["type"] == "too_short":
+        return f"at least {error['ctx']['min_length']}"
+    if error["type"] in ("dict_type", "model_type"):
+        return "keys and values"
+    if error["type"] == "string_type":
+        return "text"
     message = error["msg"]
     for prefix in ("Value error, expected ", "Value error, ", "Input should be "):
         if message.startswith(prefix):
@@ -273,22 +323,46 @@ def _allowed_keys(path: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
+def _check_names(project: Project) -> None:
+    """Folders and repos of two variants must differ, also where upper and lower case are the same."""
+    folders: dict[str, str] = {name.lower(): "this tool's own files" for name in RESERVED}
+    repos: dict[str, str] = {}
+    for id, spec in project.ladder.variants.items():
+        taken = folders.setdefault(id.lower(), id)
+        if taken != id:
+            raise InputError(f"{project.at('variants', id)}: found {id!r}; the folder of that name is for {taken}")
+        repo = project.repo(id)
+        taken = repos.setdefault(repo.lower(), id)
+        if taken != id:
+            keys = ("variants", id, "repo") if spec.repo else ("repo",)
+            hint = "" if spec.repo else "; expected a pattern with {id} in it"
+            raise InputError(f"{project.at(*keys)}: {taken} and {id} would both be {repo}{hint}")
+
+
 def _check_files(project: Project, lines: dict[tuple[Any, ...], int]) -> None:
-    """Local files that variants.yaml names must be there."""
+    """Local files and folders that variants.yaml names must be there."""
     ladder = project.ladder
-    named: list[tuple[tuple[Any, ...], str | None]] = [
-        (("base", "path"), ladder.base.path),
-        (("imatrix", "path"), ladder.imatrix.path if ladder.imatrix else None),
-        (("smoke", "text"), ladder.smoke.text),
-        (("card", "templates"), ladder.card.templates),
+    named: list[tuple[tuple[Any, ...], str | None, str]] = [
+        (("base", "path"), ladder.base.path, "folder"),
+        (("imatrix", "path"), ladder.imatrix.path if ladder.imatrix else None, "file"),
+        (("smoke", "text"), ladder.smoke.text, "file"),
+        (("card", "templates"), ladder.card.templates, "folder"),
+        (("output",), ladder.output, "path"),
     ]
     for id, spec in ladder.variants.items():
         if spec.imatrix:
-            named.append((("variants", id, "imatrix", "path"), spec.imatrix.path))
-    for keys, value in named:
-        if value is not None and not project.local(value).exists():
+            named.append((("variants", id, "imatrix", "path"), spec.imatrix.path, "file"))
+    for keys, value, kind in named:
+        if value is None:
+            continue
+        try:
+            path = project.local(value)
+            good = path.is_dir() if kind == "folder" else path.is_file() if kind == "file" else True
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, ~ of a user that does not exist
+            good = False
+        if not good:
             line, found = _line_of(keys, lines)
+            want = f"an existing {kind}, relative to this file" if kind != "path" else "a path, relative to this file"
             raise InputError(
-                f"{project.path.name}:{line}: {'.'.join(map(str, found))}: found {value!r}, expected an existing "
-                "path, relative to this file"
+                f"{project.path.name}:{line}: {'.'.join(map(str, found))}: found {_short(value)}, expected {want}"
             )

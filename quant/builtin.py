@@ -53,10 +53,10 @@ def _mixed(low: int, high: int) -> Recipe:
     return Recipe(
         f"mixed_{low}_{high}",
         (
-            Rule("*.v_proj", high, 64, layers="use_more_bits", why=more),
-            Rule("*.down_proj", high, 64, layers="use_more_bits", why=more),
-            Rule("*.lm_head", high, 64, why="high bits for the output, as in mlx-lm's recipe of this name", optional=True),
-            Rule("*", low, 64, why="low bits for all else, as in mlx-lm's recipe of this name"),
+            Rule("*.v_proj", high, layers="use_more_bits", why=more),
+            Rule("*.down_proj", high, layers="use_more_bits", why=more),
+            Rule("*.lm_head", high, why="high bits for the output, as in mlx-lm's recipe of this name", optional=True),
+            Rule("*", low, why="low bits for all else, as in mlx-lm's recipe of this name"),
         ),
         origin=f"mlx-lm's quantization recipe mixed_{low}_{high}",
     )

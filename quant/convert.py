@@ -9,9 +9,10 @@ every file is that of the source, so the output does not depend on timing, on th
 are built together.
 
 Memory, beyond the interpreter and whatever the model's size: LOOKAHEAD bands in solving and as many in writing, each
-the source (32 MiB), its float32 form while folding (3 × 64 MiB a worker) and one packed copy a format (at most 17 MiB);
-scales and biases of one weight, kept until its codes are written (8/group bytes a weight element a format: six formats
-of a 248320 × 4096 embedding in groups of 64, 0.8 GB). Below 2 GiB for six variants of 9B.
+the source (8 MiB), its float32 form while folding (3 × 16 MiB a worker) and one packed copy a format (at most 5 MiB);
+scales and biases of one weight, kept until its codes are written (4 / group_size bytes an element a format: 64 MB for
+each distinct format of a 248320 × 4096 embedding in groups of 64). Measured on two cores, six folded
+variants of 9B shapes in groups of 64: 0.57 GB with the interpreter. Groups of 32 double the second part.
 
 Peak disk: all variants of the run, beside what they replace.
 """
@@ -46,7 +47,7 @@ from .stream import Progress, SourceChanged, run_pass
 
 __all__ = ["Converted", "Job", "Progress", "convert", "finish", "unquantized"]
 
-BAND_BYTES = 8 << 20  # of the source; measured on two cores: 32 MiB is a quarter slower
+BAND_BYTES = 8 << 20  # of the source; two variants on two cores took 25 s so, and 31 s with 32 MiB
 CACHE_BYTES = 256 << 20  # freed buffers that MLX may keep
 
 
@@ -145,6 +146,7 @@ def _finish(lane: Lane, sides: Sequence[Path], bytes_read: int, wall_s: float) -
     copy_side_files(sides, folder)
     return Converted(
         lane.job.variant, folder, weights_hash(tensors, lane.config.get("quantization")),
-        source_hash((r.target, r.source) for r in lane.writer.records), hash_files(folder, lane.writer.shard_hashes()), tensors,
+        source_hash((r.target, r.source) for r in lane.writer.records),
+        hash_files(folder, lane.writer.shard_hashes()), tensors,
         bytes_read, lane.writer.written, lane.resumed, wall_s,
     )  # fmt: skip

@@ -27,10 +27,10 @@ SIDE_FILES = (
 )  # fmt: skip
 
 
-def quantized_config(config: Mapping[str, Any], plans: Iterable[TensorPlan], mtp_tensors: int = 0) -> dict[str, Any]:
+def quantized_config(config: Mapping[str, Any], plans: Sequence[TensorPlan], mtp_tensors: int = 0) -> dict[str, Any]:
     """config.json of a variant: the base's, key order kept, without `_name_or_path`, with `quantization`.
 
-    The top level of the block is the format of most modules; every quantized module also has its own entry, so that no
+    The top level of the block is the format of most weights; every quantized module also has its own entry, so that no
     reader has to guess. A module that has none is stored unquantized (it has no `.scales` either). Two equal blocks,
     `quantization` and `quantization_config`, as mlx-lm writes them; neither if nothing is quantized. mtp_tensors: how
     many tensors the side file holds, if there is one.
@@ -38,8 +38,11 @@ def quantized_config(config: Mapping[str, Any], plans: Iterable[TensorPlan], mtp
     out = {k: v for k, v in config.items() if k != "_name_or_path"}
     specs = {p.target.module: p.spec for p in plans if p.spec is not None}
     if specs:
-        ranked = Counter(specs.values()).most_common()
-        common = min(spec for spec, n in ranked if n == ranked[0][1])
+        weights: Counter[QuantSpec] = Counter()
+        for p in plans:
+            if p.spec is not None:
+                weights[p.spec] += p.target.params
+        common = min(weights, key=lambda spec: (-weights[spec], spec))
         block = {**_entry(common), **{module: _entry(spec) for module, spec in specs.items()}}
         out["quantization"] = block
         out["quantization_config"] = block
@@ -118,6 +121,11 @@ def hash_files(folder: Path, known: Iterable[tuple[str, int, str]]) -> list[tupl
     return out
 
 
+def replaced(final: Path) -> Path:
+    """Where a variant's old folder waits while the new one is moved in."""
+    return final.with_name(f".{final.name}.old")
+
+
 def finish(staging: Path, final: Path) -> None:
     """Move staging/files to its final name, in place of whatever folder has it, and remove the rest of the staging.
 
@@ -125,7 +133,7 @@ def finish(staging: Path, final: Path) -> None:
     it is removed afterwards, stale shards and all.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".{final.name}.old")
+    aside = replaced(final)
     if aside.exists() and final.exists():
         shutil.rmtree(aside)  # left by a kill between the moves below and the removal
     if final.exists():

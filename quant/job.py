@@ -136,5 +136,3 @@ def disk_order(plan: TensorPlan) -> tuple[str, int, str]:
 
 def _digest(vector: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(vector, "<f4").tobytes()).hexdigest()
-
-

@@ -68,4 +68,9 @@ IMATRIX_NAMES: tuple[Entry, ...] = (
     Entry("output", ("language_model.lm_head",), layered=False),
     Entry("token_embd", ("language_model.model.embed_tokens",), layered=False),
 )
+# what a card says of the family: tags, whom to thank (name, link, for what), and the question of its usage snippets
+CARD_TAGS = ("hybrid-attention", "gated-delta-net")
+CARD_CREDIT = ("Qwen Team", "https://huggingface.co/Qwen", "the Qwen3.5 model family")
+CARD_QUESTION = "Explain the hybrid attention mechanism in Qwen3.5."
+
 LAYERS = "language_model.model.layers"  # prefix of the layers' module paths

@@ -13,13 +13,21 @@ from fnmatch import translate
 from functools import lru_cache
 
 from inference.checkpoint import AFFINE_BITS, QuantSpec
-from inference.errors import InputError
+from inference.errors import CheckpointError, InputError
 from inference.layout import Target
 
 BASE = re.compile(r"N(?:\+([0-9]))?")  # a rule's bits as an expression of the variant's base bits
 DENSE = "bf16"  # a rule's bits: keep the tensor in the model's own type
 # "use_more_bits" of llama.cpp (src/llama-quant.cpp), as mlx-lm's mixed_* recipes apply it to layer i of n
 LAYER_SETS = {"use_more_bits": lambda i, n: i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2}
+
+
+class RuleError(InputError):
+    """A recipe does not fit a model. rule: index of the rule at fault, None where one is missing."""
+
+    def __init__(self, message: str, rule: int | None = None) -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def resolve(
     classes: the family's table. scalable: globs of the modules whose input channels AWQ can scale; with_awq: an imatrix
     is named. Vision and MTP tensors stay in the model's type unless a rule whose pattern starts with `vision_tower.` or
     `mtp.` names them. Raises InputError for a pattern that matches nothing (unless optional), for a tensor that no rule
-    names, and for a format that the tensor's shape cannot take.
+    names, and for a format that the tensor's shape cannot take or that MLX does not have.
     """
     layers = 1 + max((i for t in targets if t.part == "text" and (i := layer_of(t.name)) is not None), default=-1)
     hits = dict.fromkeys(range(len(recipe.rules)), 0)
@@ -136,17 +144,17 @@ def resolve(
         index = _first_rule(recipe, target, layers)
         if index is None:
             if target.part == "text":
-                raise InputError(f"recipe {recipe.name}: no rule names {target.module}; add one, or a final `*`")
+                raise RuleError(f"recipe {recipe.name}: no rule names {target.module}; add one, or a final `*`")
             plans.append(TensorPlan(target, None, False, "", "", cls.label))
             continue
         rule = recipe.rules[index]
         hits[index] += 1
-        spec = _spec(recipe, rule, base_bits, group_size, target)
+        spec = _spec(recipe, index, base_bits, group_size, target)
         awq = bool(spec) and rule.awq and with_awq and any(matches(g, target.module) for g in scalable)
         plans.append(TensorPlan(target, spec, awq, rule.why, rule.match, cls.label))
     for index, rule in enumerate(recipe.rules):
         if not hits[index] and not rule.optional:
-            raise InputError(f"recipe {recipe.name}: pattern {rule.match!r} matches no tensor of this model")
+            raise RuleError(f"recipe {recipe.name}: pattern {rule.match!r} matches no tensor of this model", index)
     return plans
 
 
@@ -201,19 +209,25 @@ def _first_rule(recipe: Recipe, target: Target, layers: int) -> int | None:
     return None
 
 
-def _spec(recipe: Recipe, rule: Rule, base_bits: int, group_size: int, target: Target) -> QuantSpec | None:
+def _spec(recipe: Recipe, index: int, base_bits: int, group_size: int, target: Target) -> QuantSpec | None:
+    rule = recipe.rules[index]
     bits = rule_bits(rule, base_bits)
     if bits is None:
         return None
+    where = f"recipe {recipe.name}: {rule.match}"
     if len(target.shape) < 2 or not target.name.endswith(".weight"):
-        raise InputError(f"recipe {recipe.name}: {rule.match}: {target.name} is no matrix and cannot be quantized")
+        raise RuleError(f"{where}: {target.name} is no matrix and cannot be quantized", index)
     group = rule.group_size or group_size
     if target.shape[-1] % group:
-        raise InputError(
-            f"recipe {recipe.name}: {rule.match}: {target.module} has {target.shape[-1]} columns, no multiple of "
-            f"group size {group}; give it bits: bf16 or a smaller group_size"
+        raise RuleError(
+            f"{where}: {target.module} has {target.shape[-1]} columns, no multiple of group size {group}; give it "
+            "bits: bf16 or a smaller group_size",
+            index,
         )
-    return QuantSpec(bits, group, rule.mode)
+    try:
+        return QuantSpec(bits, group, rule.mode)
+    except CheckpointError as e:
+        raise RuleError(f"{where}: {e}", index) from None
 
 
 def applied_layers(rule: Rule) -> str | None:

@@ -1,14 +1,161 @@
-import os
-from pathlib import Path
+"""The bundled tiny model, a ladder built from it once a session, and `publish` as a user runs it."""
 
-import pytest
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
 
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import pytest
+from click.testing import CliRunner
+
+EXAMPLE = Path(__file__).parents[1] / "examples/tiny"
+# the example's protocols take a minute on a busy machine; what they do is the same with fewer tokens
+QUICK = """\
+bench: {turns: 1, turn_tokens: 6, prefill: [32], runs: 1}
+smoke: {prompts: [The quick brown fox], max_tokens: 32, text_tokens: 64}
+"""
+PUBLISH = "from publisher.cli import main; main()"
+NO_HUB = "http://127.0.0.1:9"  # the discard port: nothing answers there
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    def ok(self) -> Ran:
+        assert self.code == 0, f"exit {self.code}\n{self.out}\n{self.err}"
+        return self
+
+    def refused(self, code: int) -> str:
+        """The one line that a person is given; anything longer, or a traceback, fails."""
+        assert self.code == code, f"exit {self.code}, expected {code}\n{self.out}\n{self.err}"
+        lines = [line for line in self.err.splitlines() if line.startswith("Error: ")]
+        assert len(lines) == 1, self.err
+        assert self.err.rstrip("\n").endswith(lines[0]), f"more than one line:\n{self.err}"
+        assert "Traceback" not in self.err
+        return lines[0].removeprefix("Error: ")
+
 
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The trained tiny base in the original layout."""
-    return Path(__file__).parents[1] / "examples/tiny/model"
+    return EXAMPLE / "model"
+
+
+@pytest.fixture(scope="session")
+def quick_yaml() -> str:
+    """variants.yaml of the example with short protocols."""
+    text, n = re.subn(r"(?m)^bench:\n(?:  .*\n)+", QUICK, (EXAMPLE / "variants.yaml").read_text())
+    assert n == 1
+    return text
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, quick_yaml: str) -> Path:
+    """A folder with variants.yaml and the six variants, built by `publish build --all`. Not to be changed."""
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent  # one for all workers
+    folder = root / "ladder"
+    with open(root / "ladder.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            write_ladder(folder, quick_yaml)
+            run_process("build", "--all", cwd=folder).ok()
+            (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture
+def ladder(built: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the built ladder that a test may change; its base is a link to the example's."""
+    folder = tmp_path / "ladder"
+    shutil.copytree(built, folder, symlinks=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def publish() -> Callable[..., Ran]:
+    """publish(*args, cwd=…, env=…, stdin=…) in this process. Whatever is not an error of ours is raised."""
+    return run_here
+
+
+@pytest.fixture(scope="session")
+def publish_process() -> Callable[..., Ran]:
+    """The same as a process of its own."""
+    return run_process
+
+
+def write_ladder(folder: Path, text: str) -> Path:
+    """variants.yaml beside links to the example's model and imatrix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model", "imatrix-tiny.gguf"):
+        (folder / name).symlink_to(EXAMPLE / name)
+    path = folder / "variants.yaml"
+    path.write_text(text)
+    return path
+
+
+def own_base(folder: Path) -> Path:
+    """Replace the link to the example's model by a copy that may be changed."""
+    model = folder / "model"
+    model.unlink()
+    shutil.copytree(EXAMPLE / "model", model)
+    return model
+
+
+def environment(cwd: Path, env: dict[str, str] | None = None) -> dict[str, str]:
+    """No hub, no token and no cache but those that a test names."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    off = {k: "1" for k in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS")}
+    return kept | off | {"HF_ENDPOINT": NO_HUB, "HF_HOME": str(cwd / ".hf")} | (env or {})
+
+
+def run_here(*args: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = "") -> Ran:
+    from huggingface_hub import constants
+
+    from publisher.cli import main
+
+    values = environment(cwd, env)
+    home = Path(values["HF_HOME"])
+    patches = {
+        "ENDPOINT": values["HF_ENDPOINT"],
+        "HUGGINGFACE_CO_URL_TEMPLATE": values["HF_ENDPOINT"] + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+        "HF_HUB_OFFLINE": values.get("HF_HUB_OFFLINE") == "1",
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(constants, **patches))
+        stack.enter_context(mock.patch.dict(os.environ, values, clear=True))
+        stack.enter_context(contextlib.chdir(cwd))
+        result = CliRunner(catch_exceptions=False).invoke(main, args, input=stdin)
+    return Ran(result.exit_code, result.stdout, result.stderr)
+
+
+def run_process(*args: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = "", timeout: float = 120) -> Ran:
+    done = subprocess.run(
+        [sys.executable, "-c", PUBLISH, *args], cwd=cwd, env=environment(cwd, env), input=stdin, text=True,
+        capture_output=True, timeout=timeout,
+    )  # fmt: skip
+    return Ran(done.returncode, done.stdout, done.stderr)

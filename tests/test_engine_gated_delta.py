@@ -67,7 +67,7 @@ def test_split_at_any_point_gives_the_same_state():
 
 
 def test_mlx_kernel_computes_the_same_rule():
-    """`gated_delta` uses it for one token on a GPU; its state has our layout."""
+    """An independent implementation; its state has our layout."""
     q, k, v, g, beta, state = inputs(3)
     assert_close(
         tuple(mx.fast.gated_delta_update(q, k, v, mx.exp(g), beta, state)), gd.reference(q, k, v, g, beta, state)

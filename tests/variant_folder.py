@@ -60,7 +60,7 @@ def make_project(folder: Path, yaml: str = LADDER) -> Project:
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """[rows, columns] codes → [rows, columns × bits / 32] words, the first code in the lowest bits, as mx.quantize does."""
+    """[rows, columns] codes → [rows, columns × bits / 32] words, the first code in the lowest bits, as MLX does."""
     rows, columns = codes.shape
     planes = (codes[..., None] >> np.arange(bits)) & 1
     packed = np.packbits(planes.reshape(rows, -1).astype(np.uint8), axis=-1, bitorder="little")
@@ -110,7 +110,9 @@ def make_variant(project: Project, id: str = "Q4", seed: int = 0, shards: int = 
     where = {name: files[i * shards // len(names)] for i, name in enumerate(names)}
     for file in files:
         write_safetensors(folder / file, {n: values[n] for n in names if where[n] == file})
-    write_config(folder, {"model_type": "qwen3_5", "quantization": quantization(), "quantization_config": quantization()})
+    write_config(
+        folder, {"model_type": "qwen3_5", "quantization": quantization(), "quantization_config": quantization()}
+    )
     total = sum(a.nbytes for _, a in values.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -157,10 +157,13 @@ class DeltaNet:
             weights.linear(prefix + p) for p in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
         )
         conv = weights.array(prefix + "conv1d.weight")  # [C, K, 1]
-        self.conv = conv[..., 0].T.astype(mx.float32)  # [K, C]
+        self.taps = [conv[:, i, 0].astype(mx.float32) for i in range(cfg.linear_conv_kernel_dim)]  # K times [C]
         self.decay_rate = -mx.exp(weights.array(prefix + "A_log").astype(mx.float32))
         self.dt_bias = weights.array(prefix + "dt_bias").astype(mx.float32)
         self.norm = weights.array(prefix + "norm.weight").astype(mx.float32)
+        # After an RMS norm (mean, not sum, of squares) both are scaled by Dk^-1/2, and q once more.
+        dk, hk = cfg.linear_key_head_dim, cfg.linear_num_key_heads
+        self.qk_scale = mx.array([1 / dk] * hk + [dk**-0.5] * hk)[:, None]  # [2 Hk, 1]
 
     def __call__(self, x: mx.array, cache: DeltaCache) -> mx.array:
         """[B, T, H] → [B, T, H]"""
@@ -170,29 +173,26 @@ class DeltaNet:
         z = self.in_proj_z(x).reshape(b, t, hv, dv)
         g, beta = _gates(self.in_proj_a(x), self.in_proj_b(x), self.decay_rate, self.dt_bias)
         qkv = self._conv(self.in_proj_qkv(x), cache)
-        q, k, v = mx.split(qkv, [hk * dk, 2 * hk * dk], axis=-1)
-        q, k = l2_norm(q.reshape(b, t, hk, dk)) * dk**-0.5, l2_norm(k.reshape(b, t, hk, dk))
+        qk, v = mx.split(qkv, [2 * hk * dk], axis=-1)
+        # x / sqrt(Σ x² + L2_EPS), for q and k at once
+        qk = mx.fast.rms_norm(qk.reshape(b, t, 2 * hk, dk), None, L2_EPS / dk) * self.qk_scale
+        q, k = mx.split(qk, 2, axis=2)
         if cache.state is None:
             cache.state = mx.zeros((b, hv, dv, dk), mx.float32)
         y, cache.state = gated_delta(q, k, v.reshape(b, t, hv, dv), g, beta, cache.state)
-        y = _gated_norm(mx.fast.rms_norm(y, self.norm, cfg.rms_norm_eps), z)
-        return self.out_proj(y.astype(x.dtype).reshape(b, t, -1))
+        y = _times_silu(mx.fast.rms_norm(y, self.norm, cfg.rms_norm_eps), z)
+        return self.out_proj(y.reshape(b, t, -1))
 
     def _conv(self, x: mx.array, cache: DeltaCache) -> mx.array:
         """Depthwise causal conv and silu; [B, T, C] → [B, T, C] in float32.
 
         As a sum of shifted products: on the CPU seven times as fast as `mx.conv1d`, and float32 on every backend.
         """
-        width, t = self.conv.shape[0], x.shape[1]
-        before = mx.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype) if cache.conv is None else cache.conv
-        x = mx.concatenate([before, x], axis=1)
-        cache.conv = mx.contiguous(x[:, -(width - 1) :])  # a view would keep all of x alive
-        if t == 1:
-            return _silu((x * self.conv).sum(axis=1, keepdims=True))
-        y = x[:, :t] * self.conv[0]
-        for i in range(1, width):
-            y = y + x[:, i : i + t] * self.conv[i]
-        return _silu(y)
+        before, t = len(self.taps) - 1, x.shape[1]
+        past = mx.zeros((x.shape[0], before, x.shape[2]), x.dtype) if cache.conv is None else cache.conv
+        x = mx.concatenate([past, x], axis=1)
+        cache.conv = x[:, -before:] if t == 1 else mx.contiguous(x[:, -before:])  # a view keeps all of x alive
+        return _conv_silu([x[:, i : i + t] for i in range(before + 1)], self.taps)
 
 
 class MLP:
@@ -254,12 +254,6 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
 
 
-def l2_norm(x: mx.array) -> mx.array:
-    """x / sqrt(Σ x² + L2_EPS) over the last axis, in float32."""
-    x = x.astype(mx.float32)
-    return x * mx.rsqrt((x * x).sum(axis=-1, keepdims=True) + L2_EPS)
-
-
 @fused
 def _gates(a: mx.array, b: mx.array, decay_rate: mx.array, dt_bias: mx.array) -> tuple[mx.array, mx.array]:
     """Log decay g = −exp(A_log) softplus(a + dt_bias) and rate beta = sigmoid(b); [B, T, Hv] each, float32."""
@@ -268,19 +262,23 @@ def _gates(a: mx.array, b: mx.array, decay_rate: mx.array, dt_bias: mx.array) ->
 
 
 @fused
-def _gated_norm(y: mx.array, z: mx.array) -> mx.array:
-    z = z.astype(mx.float32)
-    return y * (z * mx.sigmoid(z))
+def _conv_silu(shifted: list[mx.array], taps: list[mx.array]) -> mx.array:
+    y = shifted[0] * taps[0]
+    for x, tap in zip(shifted[1:], taps[1:], strict=True):
+        y = y + x * tap
+    return y * mx.sigmoid(y)
+
+
+@fused
+def _times_silu(y: mx.array, z: mx.array) -> mx.array:
+    """In float32, the result in z's type."""
+    wide = z.astype(mx.float32)
+    return (y * (wide * mx.sigmoid(wide))).astype(z.dtype)
 
 
 @fused
 def _gate(y: mx.array, gate: mx.array) -> mx.array:
     return y * mx.sigmoid(gate)
-
-
-@fused
-def _silu(x: mx.array) -> mx.array:
-    return x * mx.sigmoid(x)
 
 
 @fused

@@ -1,0 +1,155 @@
+"""Wall time of a ladder built in one pass against one `mlx_lm.convert` a variant, on the same checkpoint and formats.
+
+    python -m benchmarks.ladder_vs_mlx_lm MODEL [--work DIR] [--bits 2,3,4,5,6,8] [--imatrix FILE] [--out FILE.json]
+
+Every build runs in a process of its own; its wall time runs from after its imports to the last byte written, its peak
+is the process's. mlx-lm gets a predicate with the very formats of the plan (it writes neither vision tower nor MTP
+head, and hashes nothing). Outputs are removed as soon as they are measured, so that the disk holds one ladder at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from inference.backend import device_info
+from inference.checkpoint import read_checkpoint
+from inference.families import names_of
+from quant import qwen3_5
+from quant.awq import folds, scalable
+from quant.builtin import BUILTIN
+from quant.convert import Job, convert, finish
+from quant.imatrix import read_imatrix
+from quant.recipe import TensorPlan, resolve
+
+RECIPE = "unsloth"
+GROUP = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("ladder-work"))
+    parser.add_argument("--bits", default="2,3,4,5,6,8")
+    parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    bits = [int(b) for b in args.bits.split(",")]
+    if args.child:
+        result = (
+            ours(args.model, args.work, bits, args.imatrix)
+            if args.child == "ours"
+            else theirs(args.model, args.work, bits[0])
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        sys.stdout.write("\n" + json.dumps({**result, "peak_gb": round(peak / 1e9, 3)}) + "\n")
+        return
+    result = compare(args, bits)
+    text = json.dumps(result, indent=2) + "\n"
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+def compare(args: argparse.Namespace, bits: list[int]) -> dict[str, Any]:
+    args.work.mkdir(parents=True, exist_ok=True)
+    ladder = child("ours", args, ",".join(map(str, bits)))
+    shutil.rmtree(args.work / "ours")
+    single = []
+    for b in bits:
+        single.append(child("theirs", args, str(b)))
+        shutil.rmtree(args.work / "theirs")
+    total = sum(r["wall_s"] for r in single)
+    return {
+        "what": "six variants in one pass against six mlx_lm.convert runs" if len(bits) == 6 else "ladder against mlx_lm.convert",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": args.model.name,
+        "params": sum(t.nbytes for t in read_checkpoint(args.model).tensors.values()) // 2,
+        "recipe": RECIPE, "group_size": GROUP, "bits": bits, "awq": args.imatrix is not None,
+        "device": asdict(device_info()), "cores": os.cpu_count(), "mlx_lm": version("mlx-lm"),
+        "ladder": ladder, "mlx_lm_convert": single, "mlx_lm_total_s": round(total, 2),
+        "speedup": round(total / ladder["wall_s"], 2),
+    }  # fmt: skip
+
+
+def child(which: str, args: argparse.Namespace, bits: str) -> dict[str, Any]:
+    """Run one build in a process of its own; the JSON on its last line, and the load of the machine before it."""
+    shutil.rmtree(args.work / which, ignore_errors=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.ladder_vs_mlx_lm",
+        str(args.model),
+        "--work",
+        str(args.work),
+        "--bits",
+        bits,
+    ]
+    command += ["--child", which] + (["--imatrix", str(args.imatrix)] if args.imatrix else [])
+    load = round(os.getloadavg()[0], 2)
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return {**json.loads(run.stdout.splitlines()[-1]), "load_before": load}
+
+
+def plans_of(model: Path, bits: int, awq: bool) -> list[TensorPlan]:
+    checkpoint = read_checkpoint(model)
+    targets = names_of(checkpoint.config).targets(checkpoint)
+    return resolve(BUILTIN[RECIPE], bits, GROUP, targets, qwen3_5.CLASSES, scalable(qwen3_5.AWQ_GROUPS), awq)
+
+
+def ours(model: Path, work: Path, bits: list[int], imatrix: Path | None) -> dict[str, Any]:
+    started, cpu = time.perf_counter(), time.process_time()
+    config = read_checkpoint(model).config
+    statistics = read_imatrix(imatrix, config) if imatrix else None
+    jobs = []
+    for b in bits:
+        plans = plans_of(model, b, statistics is not None)
+        scales = folds(plans, statistics, 1.0, qwen3_5.AWQ_GROUPS) if statistics else {}
+        jobs.append(Job(f"{b}bit", plans, work / "ours" / f".staging-{b}", model, config, scales))
+    done = convert(jobs)
+    for job in jobs:
+        finish(job.staging, work / "ours" / job.variant)
+    return {
+        "wall_s": round(time.perf_counter() - started, 2),
+        "cpu_s": round(time.process_time() - cpu, 2),
+        "bytes_read": done[0].bytes_read,
+        "bytes_written": sum(d.bytes_written for d in done),
+    }
+
+
+def theirs(model: Path, work: Path, bits: int) -> dict[str, Any]:
+    from mlx_lm import convert as mlx_lm_convert
+
+    specs = {p.target.module: p.spec for p in plans_of(model, bits, False)}
+
+    def predicate(path: str, module: Any, *_: Any) -> bool | dict[str, Any]:
+        spec = specs.get(path)
+        return spec is not None and {"bits": spec.bits, "group_size": spec.group_size}
+
+    started, cpu = time.perf_counter(), time.process_time()
+    mlx_lm_convert(
+        str(model), str(work / "theirs"), quantize=True, q_bits=bits, q_group_size=GROUP, quant_predicate=predicate
+    )
+    written = sum(f.stat().st_size for f in (work / "theirs").glob("*.safetensors"))
+    return {
+        "bits": bits,
+        "wall_s": round(time.perf_counter() - started, 2),
+        "cpu_s": round(time.process_time() - cpu, 2),
+        "bytes_written": written,
+    }
+
+
+if __name__ == "__main__":
+    main()

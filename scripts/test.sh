@@ -1,0 +1,11 @@
+#!/bin/sh
+# The tests, offline and on any backend; what compares with torch is in parity.sh. Arguments go to pytest.
+#
+#   sh scripts/test.sh                             all, in two processes
+#   sh scripts/test.sh tests/test_x.py -k y ...    some
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd -P)
+cd "$root"
+sh scripts/setup.sh test
+[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile
+exec "${PUBLISH_VENV:-.venv}/bin/python" -m pytest "$@"
