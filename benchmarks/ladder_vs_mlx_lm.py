@@ -3,8 +3,9 @@
     python -m benchmarks.ladder_vs_mlx_lm MODEL [--work DIR] [--bits 2,3,4,5,6,8] [--imatrix FILE] [--out FILE.json]
 
 Every build runs in a process of its own. wall_s runs from after its imports to the last byte written, process_s is the
-whole process as a person waits for it; the peak is the process's. mlx-lm gets a predicate with the very formats of the plan (it writes neither vision tower nor MTP
-head, and hashes nothing). Outputs are removed as soon as they are measured, so that the disk holds one ladder at most.
+whole process as a person waits for it; the peak is the process's. mlx-lm gets a predicate with the very formats of the
+plan (it writes neither vision tower nor MTP head, and hashes nothing). Outputs are removed as soon as they are
+measured, so that the disk holds one ladder at most.
 """
 
 from __future__ import annotations

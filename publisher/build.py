@@ -22,7 +22,7 @@ from .card import gather, render
 from .plan import build_inputs, quant_table, select_targets
 from .report import Report
 from .schema import BaseInput, BuildInputs, BuildRecord, FileEntry, ImatrixInput, Manifest, Smoke, TensorEntry
-from .store import digest, discard_leftovers, read_result, write_model, write_text
+from .store import digest, discard_leftovers, exclusive, read_result, write_model, write_text
 from .survey import Rung, Survey, card_templates, failure, read_manifest, survey
 from .variants import Project
 
@@ -46,6 +46,7 @@ class Outcome:
     failed: str | None
 
 
+@exclusive
 def build(
     project: Project,
     ids: Sequence[str],
@@ -238,6 +239,7 @@ def measure_stale(
     return {id for id, m in done.items() if m.smoke}, {id for id, m in done.items() if m.bench}
 
 
+@exclusive
 def remeasure(project: Project, ids: Sequence[str], step: str, hub: Callable[[], Hub], report: Report) -> list[Outcome]:
     """Run one step again on built variants, whatever is on record, and bring the cards after it."""
     seen = survey(project, hub, weights=True, cards=False)

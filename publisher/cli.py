@@ -231,7 +231,8 @@ def card(options: Options, ids: tuple[str, ...], all_variants: bool, check: bool
         require_built(project, id)
     base = resolve_base(project, options.hub, weights=False)
     if not check:
-        changed = render_cards(project, base, chosen)
+        with project.store.lock():
+            changed = render_cards(project, base, chosen)
         options.show(
             {"changed": [i for i in chosen if i in changed]}, lambda: show.cards_text(project, chosen, changed)
         )

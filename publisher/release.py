@@ -16,6 +16,7 @@ from .hub import Hub
 from .push import PushPlan, execute, plan_push
 from .report import Report
 from .schema import Receipt
+from .store import exclusive
 from .variants import Project
 
 
@@ -32,6 +33,7 @@ def prepare(
     return [plan_push(hub, project, id, private=private, create_pr=create_pr, overwrite=overwrite) for id in ids]
 
 
+@exclusive
 def release(
     project: Project, hub: Hub, plans: Sequence[PushPlan], report: Report
 ) -> tuple[list[Receipt], dict[str, PublishError]]:

@@ -9,13 +9,17 @@ out/staging/<ID>-<inputs>/       a build under way
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import glob
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -50,6 +54,39 @@ class Store:
     @property
     def base(self) -> Path:
         return self.root / "base.json"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One writer at a time: the kernel lets go of it when the process ends, however it ends.
+
+        Raises InputError if another process is at work in this folder, or if nothing can be written there.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = open(self.root / ".lock", "a")  # noqa: SIM115 - closed below
+        except OSError as e:
+            raise InputError(f"output {self.root}: cannot be written to ({e.strerror})") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"output {self.root}: another publish is at work there; wait for it to end") from None
+            yield
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def exclusive(f: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """For functions of a project that write below its output folder: they hold the lock while they run."""
+
+    @functools.wraps(f)
+    def locked(project: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        with project.store.lock():
+            return f(project, *args, **kwargs)
+
+    return locked
 
 
 def digest(value: Any) -> str:

@@ -17,6 +17,8 @@ import engine_checkpoints
 import pytest
 from conftest import EXAMPLE, PUBLISH, environment, own_base, write_ladder
 
+from publisher.variants import load_project
+
 IDS = ["Q2_K_XL", "Q3_K_XL", "Q4_K_XL", "Q5_K_XL", "Q6_K_XL", "Q8_K_XL"]
 CURRENT = {id: {} for id in IDS}  # as `stale` gives it
 Q4 = "  Q4_K_XL: {bits: 4}"
@@ -478,3 +480,9 @@ def test_a_closed_pipe_is_no_error(built):
     assert "Traceback" not in done.stderr
     assert "Error" not in done.stderr
     assert done.stdout.startswith("Qwen3.5-tiny")
+
+
+def test_a_second_build_in_the_same_folder_waits_for_nobody_and_says_so(ladder: Path, publish) -> None:
+    with load_project(ladder / "variants.yaml").store.lock():
+        line = publish("build", "--all", cwd=ladder).refused(2)
+    assert "another publish is at work there" in line

@@ -123,7 +123,7 @@ def test_json_is_all_that_stands_on_stdout(args, ladder, publish, online):
 
 
 def test_quiet_leaves_stderr_empty(ladder, publish):
-    for args in (("build", "--all"), ("smoke", "Q2_K_XL"), ("status",)):
+    for args in (("build", "--all"), ("card", "--all"), ("status",)):
         assert publish(*args, "--quiet", cwd=ladder).ok().err == ""
 
 

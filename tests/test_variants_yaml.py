@@ -162,7 +162,7 @@ ladders = st.fixed_dictionaries(
     {"base": st.just("./model") | trees, "variants": st.dictionaries(keys, st.just({"bits": 4}) | trees, max_size=3)},
     optional={name: trees for name in Ladder.model_fields if name not in ("base", "variants")},
 )
-EXAMPLES = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def _load(data: bytes) -> None:
