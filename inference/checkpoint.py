@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -164,7 +165,10 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     """Tensors of one safetensors file, in file order, and its `__metadata__`. Raises CheckpointError."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path.name}: is no regular file")
+        size = status.st_size
         with open(path, "rb") as f:
             head = f.read(8)
             if len(head) < 8:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import jinja2.visitor
 import tokenizers
 
 from .checkpoint import read_json
 from .errors import CheckpointError
 
 MAX_TEMPLATE_BYTES = 1_000_000  # published templates are below 50 kB
+STEPS = 1_000_000  # turns of `range` in one rendering; a template takes a few a message
+TEXT = 4_000_000  # characters of one value
+WIDE = re.compile(r"\d{4}")  # a width or precision in a format string
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # variables of a template
 # What a template can raise while it runs: Jinja's errors and whatever its expressions do to our values.
 TEMPLATE_ERRORS = (
@@ -84,7 +89,9 @@ class Tokenizer:
         given = {"tools": None, "documents": None, **self.special, **variables}
         try:
             template = _environment().from_string(self.template)
-            return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
+            return _bounded(
+                template.generate(messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
+            )
         except TEMPLATE_ERRORS as e:
             first_line = (str(e).splitlines() or [""])[0]
             raise CheckpointError(
@@ -191,12 +198,86 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Plus(jinja2.visitor.NodeTransformer):
+    """a ~ b → a | string + b | string: one operator to watch over."""
+
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Expr:
+        self.generic_visit(node)
+        texts: list[jinja2.nodes.Expr] = [
+            jinja2.nodes.Filter(n, "string", [], [], None, None, lineno=node.lineno) for n in node.nodes
+        ]
+        total = texts[0]
+        for text in texts[1:]:
+            total = jinja2.nodes.Add(total, text, lineno=node.lineno)
+        return total
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with a bound on the work of one rendering: STEPS turns of `range`, TEXT characters in one value."""
+
+    intercepted_binops = frozenset(("*", "**", "%", "+"))
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.steps = 0
+        self.globals["range"] = self._range
+
+    def _parse(self, *source: Any) -> jinja2.nodes.Template:
+        return _Plus().visit(super()._parse(*source))
+
+    def _range(self, *bounds: int) -> Iterator[int]:
+        for i in jinja2.sandbox.safe_range(*bounds):
+            self.steps += 1
+            if self.steps > STEPS:
+                raise OverflowError(f"more than {STEPS} turns of loops")
+            yield i
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        texts = [v for v in (left, right) if isinstance(v, str | list | tuple)]
+        numbers = [v for v in (left, right) if isinstance(v, int)]
+        if operator == "*" and texts and numbers and len(texts[0]) * max(numbers) > TEXT:
+            raise OverflowError(f"a value of more than {TEXT} characters")
+        if operator == "+" and sum(map(len, texts)) > TEXT:
+            raise OverflowError(f"a value of more than {TEXT} characters")
+        if operator == "**" and len(numbers) == 2 and abs(left).bit_length() * max(right, 0) > TEXT:
+            raise OverflowError("a number that is too large")
+        if operator == "%" and isinstance(left, str) and WIDE.search(left):
+            raise OverflowError("a width of more than three digits")
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        name = getattr(__obj, "__name__", "")
+        wide = name in ("center", "ljust", "rjust", "zfill") and args and isinstance(args[0], int) and args[0] > TEXT
+        owner = getattr(__obj, "__self__", None)
+        if wide or (name in ("format", "format_map") and isinstance(owner, str) and WIDE.search(owner)):
+            raise OverflowError(f"a value of more than {TEXT} characters")
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def _bounded(parts: Iterable[str]) -> str:
+    """The text of a rendering, which ends when it grows beyond TEXT."""
+    text, size = [], 0
+    for part in parts:
+        text.append(part)
+        size += len(part)
+        if size > TEXT:
+            raise OverflowError(f"more than {TEXT} characters")
+    return "".join(text)
+
+
+def _bounded_format(value: str, *args: Any, **kwargs: Any) -> str:
+    if WIDE.search(value):
+        raise OverflowError("a width of more than three digits")
+    return value % (kwargs or args)
+
+
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """As `transformers.utils.chat_template_utils` sets it up."""
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
+    """As `transformers.utils.chat_template_utils` sets it up, with bounds. One environment renders once."""
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     env.filters["tojson"] = _tojson
+    env.filters["format"] = _bounded_format
+    for name in ("center", "wordwrap", "pprint", "random", "batch", "slice"):  # they pad or are not deterministic
+        del env.filters[name]
     env.globals["raise_exception"] = _raise_exception
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return env

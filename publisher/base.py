@@ -15,13 +15,14 @@ from inference.checkpoint import Checkpoint, read_checkpoint
 from inference.errors import InputError
 from inference.families import names_of
 from inference.layout import Target
+from quant.folder import side_files
 
 from .schema import BaseCache, ImatrixInput, ImatrixSource, Lock, LockedBase, LockedFile
 from .store import digest, read_result, sha256_file, write_model
 from .variants import Project
 
 if TYPE_CHECKING:
-    from .hub import Hub
+    from .hub import Hub, Progress
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,13 @@ class ResolvedBase:
     targets: tuple[Target, ...]
 
 
-def resolve_base(project: Project, hub: Callable[[], Hub], weights: bool) -> ResolvedBase:
-    """weights: download them if they are not here. Raises InputError, CheckpointError, or what the hub raises."""
+def resolve_base(
+    project: Project, hub: Callable[[], Hub], weights: bool, progress: Progress | None = None
+) -> ResolvedBase:
+    """weights: download them if they are not here, telling `progress`.
+
+    Raises InputError, CheckpointError, or what the hub raises.
+    """
     base = project.ladder.base
     if base.path is not None:
         return _opened(project.local(base.path), project.base_name, None, True)
@@ -49,7 +55,7 @@ def resolve_base(project: Project, hub: Callable[[], Hub], weights: bool) -> Res
     if folder is not None:
         return _opened(folder, base.repo, commit, True)
     if weights:
-        return _opened(download_base(hub(), base.repo, commit), base.repo, commit, True)
+        return _opened(download_base(hub(), base.repo, commit, progress), base.repo, commit, True)
     headers = project.store.root / "headers" / f"{base.repo.replace('/', '--')}-{commit[:12]}"
     if not (headers / "config.json").is_file():
         remote_headers(hub(), base.repo, commit, headers)
@@ -120,6 +126,12 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Size and time of the weight files: as long as they stay, remembered content hashes hold."""
     stats = {t.file: None for t in checkpoint.tensors.values()}
     return {f.name: [s.st_size, s.st_mtime_ns] for f in stats if (s := os.stat(f))}
+
+
+def files_hash(base: ResolvedBase) -> str:
+    """Identity of what a variant takes from the base beside weights: config.json and the files that are copied."""
+    config = {k: v for k, v in base.checkpoint.config.items() if k != "_name_or_path"}
+    return digest({"config": config, "files": [[p.name, sha256_file(p)] for p in side_files(base.folder)]})
 
 
 def source_key(targets: Sequence[Target]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from inference.backend import device_info, mx, peak_memory, reset_peak_memory
+from inference.errors import InputError
 from inference.generate import Sampling, Token, generate
 from inference.load import Model
 
@@ -21,17 +22,21 @@ from .protocol import CHAT
 from .schema import BenchSpec, Device, Speed, Stat
 
 
-def measure(model: Model, spec: BenchSpec, text: str, tick: Callable[[], None] = lambda: None) -> Speed:
-    """text: whose tokens fill the prefill prompts. tick: called after every timed piece."""
+def measure(
+    model: Model, spec: BenchSpec, text: str, tick: Callable[[int, int], None] = lambda done, total: None
+) -> Speed:
+    """text: whose tokens fill the prefill prompts. tick: called with (runs done, runs in all).
+
+    Lengths beyond the model's context are left out. Raises InputError if the chat does not fit into it.
+    """
     reset_peak_memory()
     decode, ttft = [], []
     prefill: dict[int, list[float]] = {n: [] for n in spec.prefill if n < model.config.max_position_embeddings}
     ids = model.tokenizer.encode(text)
     for run in range(spec.runs + 1):
         last = _chat(model, spec)
-        tick()
         speeds = {n: _prefill(model, ids, n) for n in prefill}
-        tick()
+        tick(run + 1, spec.runs + 1)
         if run:
             if last.timing.decode_tps:
                 decode.append(last.timing.decode_tps)
@@ -76,6 +81,12 @@ def _chat(model: Model, spec: BenchSpec) -> Token:
             shared = len(history) if prompt[: len(history)] == history else None
         else:
             prompt = tokenizer.encode(plain)
+        context = model.config.max_position_embeddings
+        if len(prompt) + spec.turn_tokens > context:
+            raise InputError(
+                f"bench: turn {turn + 1} needs {len(prompt) + spec.turn_tokens} tokens, the model's context is {context}; "
+                "lower bench.turns or bench.turn_tokens"
+            )
         answer = []
         for token in generate(
             model, prompt, max_tokens=spec.turn_tokens, sampling=Sampling(), stop=(), cache=cache, checkpoint_at=shared

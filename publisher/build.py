@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.errors import GateRefused, InputError
+from inference.tokenizer import Tokenizer
 from quant.folder import finish, replaced
 
 from . import __version__
-from .base import ResolvedBase, fetch_imatrix, fingerprint, remember_source_hash
+from .base import ResolvedBase, fetch_imatrix, files_hash, fingerprint, remember_source_hash
 from .card import gather, render
-from .plan import build_inputs, quant_table, select_targets
+from .plan import build_inputs, disk_needed, quant_table, select_targets
 from .report import Report
 from .schema import BaseInput, BuildInputs, BuildRecord, FileEntry, ImatrixInput, Manifest, Smoke, TensorEntry
-from .store import digest, discard_leftovers, exclusive, read_result, write_model, write_text
+from .store import PART, digest, discard_leftovers, exclusive, read_model, read_result, write_model, write_text
 from .survey import Rung, Survey, card_templates, failure, read_manifest, survey
 from .variants import Project
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from .hub import Hub
 
-STEPS = ("smoke", "bench", "card")  # what --skip can leave out
+SHARD = re.compile(r"(model(-\d{5}-of-\d{5})?|mtp)\.safetensors")  # of an earlier build, whatever its manifest says
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,18 @@ def build(
     Raises what the steps raise; a failed smoke test is not an exception but an Outcome.
     """
     seen = survey(project, hub, cards=False)
+    if _fetch_imatrices(project, seen, ids, hub):
+        seen = survey(project, hub, cards=False)
     if force or any(_needs_base(seen.rungs[id], skip) for id in ids):
-        seen = survey(project, hub, weights=True, cards=False)
+        seen = _with_weights(project, seen, ids, hub, report)
     stale = [id for id in ids if force or seen.rungs[id].state.weights]
     for id in stale:
         report.line(f"{id}: weights: {'; '.join(seen.rungs[id].state.weights) or 'forced'}")
     for id in set(ids) - set(stale):
         _sweep(project, id)
     if stale:
+        if "smoke" not in skip or "bench" not in skip:
+            Tokenizer.load(seen.base.folder)  # better refused now than after hours of quantizing
         quantize(project, seen, stale, hub, report)
         seen = survey(project, hub, weights=True, cards=False)
     smoked, benched = measure_stale(project, seen, ids, report, force, skip)
@@ -82,6 +87,30 @@ def build(
     if not (stale or smoked or benched or changed):
         report.line("nothing to do: all is current")
     return outcomes
+
+
+def _with_weights(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[], Hub], report: Report) -> Survey:
+    """The survey with the base downloaded, once it is sure that the disk holds it and what is built from it."""
+    if seen.base.weights:
+        return seen
+    from .hub import check_disk, download_size  # noqa: PLC0415 - the client only for Hub bases
+
+    connection, repo, commit = hub(), project.ladder.base.repo or "", seen.base.commit or ""
+    plans = [seen.rungs[id].plan for id in ids if seen.rungs[id].state.weights]
+    check_disk({connection.cache: download_size(connection, repo, commit), project.store.root: disk_needed(plans)})
+
+    def tell(what: str, done: int, total: int) -> None:
+        report.line(f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+
+    return survey(project, hub, weights=True, cards=False, progress=tell)
+
+
+def _fetch_imatrices(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[], Hub]) -> bool:
+    """Download what the lock does not name yet: whether a variant is stale cannot be known before."""
+    sources = [project.imatrix(id) for id in ids if seen.rungs[id].inputs is None]
+    for source in dict.fromkeys(s for s in sources if s):
+        fetch_imatrix(project, source, hub)
+    return bool(sources)
 
 
 def _needs_base(rung: Rung, skip: Collection[str]) -> bool:
@@ -103,6 +132,7 @@ def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[
     from quant.convert import Job, convert  # noqa: PLC0415 - MLX only when there is something to quantize
 
     started = time.perf_counter()
+    _check_places(project, seen.base, ids)
     jobs, inputs = [], {}
     for id in ids:
         job, inputs[id] = _job(project, seen, seen.rungs[id], hub)
@@ -118,9 +148,9 @@ def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[
         )
         manifest = _manifest(project, seen.rungs[done.variant], inputs[done.variant], done)
         write_model(done.folder / "manifest.json", manifest)
-        _record(
-            project, manifest, ids, done, wall
-        )  # before the folder is in place: from then on nothing comes back here
+        _keep_images(project.store.variant(done.variant), done.folder)
+        # before the folder is in place: from then on nothing comes back here
+        _record(project, manifest, ids, done, wall)
         finish(job.staging, project.store.variant(done.variant))
         report.line(
             f"{done.variant}: {manifest.nbytes / 1e9:.3f} GB, {8 * manifest.text_nbytes / manifest.text_params:.2f} bits a "
@@ -163,6 +193,43 @@ def _job(project: Project, seen: Survey, rung: Rung, hub: Callable[[], Hub]) -> 
     return job, inputs
 
 
+def _check_places(project: Project, base: ResolvedBase, ids: Sequence[str]) -> None:
+    """A build replaces whole folders: only such as an earlier build left, and never the base or anything around it."""
+    out, source = project.store.root.resolve(), base.folder.resolve()
+    if out == source or source in out.parents:
+        raise InputError(f"output: {out} lies in the base model's folder; choose another")
+    for id in ids:
+        final = project.store.variant(id)
+        if not final.exists() and not final.is_symlink():
+            continue
+        if final.is_symlink() or not final.is_dir() or final.resolve() == source or final.resolve() in source.parents:
+            raise InputError(
+                f"{final}: is no folder of an earlier build; move it, or change output: or the variant's id"
+            )
+        foreign = _foreign(final)
+        if foreign:
+            raise InputError(f"{final}: holds {foreign}, which no build put there and a rebuild would delete; move it")
+
+
+def _foreign(folder: Path) -> str | None:
+    """A file that the folder's own manifest does not list; leftovers of a killed write do not count."""
+    try:
+        manifest = read_model(folder / "manifest.json", Manifest)
+        known = {f.path for f in manifest.files} if manifest else set()
+    except InputError:  # damaged: what a build writes is known without it
+        known = {p.name for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model")}
+        known |= {p.name for p in folder.glob("LICENSE*")} | {p.name for p in folder.glob("NOTICE*")}
+    known |= {"manifest.json", "README.md", "images"}
+    left = (p.name for p in sorted(folder.iterdir()) if p.name not in known and not SHARD.fullmatch(p.name))
+    return next((n for n in left if not (n.startswith(".") and n.endswith(PART))), None)
+
+
+def _keep_images(old: Path, new: Path) -> None:
+    """Pictures of the publisher's own stay when weights are built again."""
+    if (old / "images").is_dir():
+        shutil.copytree(old / "images", new / "images", dirs_exist_ok=True)
+
+
 def _sweep(project: Project, id: str, keep: Path | None = None) -> None:
     """Remove what killed builds of a variant left and no later one can use: staging under other inputs, which can never
     be finished, and the folder that was being replaced. keep: the staging of the build that is about to go on."""
@@ -178,7 +245,7 @@ def _sweep(project: Project, id: str, keep: Path | None = None) -> None:
 def _inputs(
     project: Project, base: ResolvedBase, rung: Rung, imatrix: ImatrixInput | None, solver: str, version: int
 ) -> BuildInputs:
-    open_base = BaseInput(name=base.name, commit=base.commit, source_hash="")
+    open_base = BaseInput(name=base.name, commit=base.commit, source_hash="", files_hash=files_hash(base))
     return build_inputs(project, rung.plan, open_base, imatrix, solver, version)
 
 
@@ -269,7 +336,7 @@ def require_built(project: Project, id: str) -> Manifest:
 def card_texts(project: Project, base: Path, ids: Sequence[str] | None = None) -> dict[str, str]:
     """The card of every built variant, as it would be rendered now."""
     facts, templates = gather(project, base), card_templates(project)
-    built = [id for id in ids or project.ladder.variants if read_manifest(project, id)]
+    built = [id for id in ids or project.ladder.variants if read_manifest(project, id) and not facts.variant(id).error]
     return {id: render(facts, id, templates) for id in built}
 
 

@@ -1,7 +1,7 @@
 """Model cards: `gather` reads the facts, `render` makes README text of them, `check_card` finds what must not be in it.
 
-Rendering is pure: equal facts and templates give equal bytes (no clock, no disk but the templates). Templates run in
-Jinja's sandbox; an undefined name, a missing value or a non-finite number is an error with file and line.
+Rendering is pure: equal facts and templates give equal bytes (no clock, no disk but the templates). Templates run in the
+sandbox of `card_sandbox`; an undefined name, a missing value or a non-finite number is an error with file and line.
 
 A folder of the user's own holds a `card.md.j2` that extends `builtin/card.md.j2` and overrides blocks. It sees `card`
 (`card_view.View`), `facts` (`card_facts.Facts`) and the filters of `card_format.FILTERS`.
@@ -9,36 +9,38 @@ A folder of the user's own holds a `card.md.j2` that extends `builtin/card.md.j2
 
 from __future__ import annotations
 
-import math
 import re
 import traceback
 from collections.abc import Iterable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from inference.errors import InputError
 
 from .card_facts import HEADER, Facts, gather
 from .card_format import FILTERS
+from .card_sandbox import Sandbox
 from .card_view import row_label, view
 
-__all__ = ["Facts", "check_card", "gather", "render", "snippets"]
+__all__ = ["Facts", "check_card", "gather", "machine_paths", "render", "snippets"]
 
 ENTRY = "card.md.j2"
 BUILTIN = "builtin/"
 # what an expression of a template can raise; anything else is a bug of ours
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
+    yaml.YAMLError,
     ArithmeticError,
+    AssertionError,  # Jinja's compiler, on names that it did not expect
     AttributeError,
     LookupError,
+    MemoryError,
     RecursionError,
+    SyntaxError,  # blocks nested deeper than Python can
     TypeError,
     ValueError,
 )
@@ -48,19 +50,9 @@ SNIPPET = re.compile(r"^<!-- snippet: ([\w-]+) -->\n(`{3,})(\w+)\n(.*?)^\2$", re
 def render(facts: Facts, id: str, templates: Path | None = None) -> str:
     """The card of one variant. templates: the user's folder. Raises InputError, also for any fault of a template."""
     card = view(facts, id)
-    env = ImmutableSandboxedEnvironment(
-        loader=jinja2.FunctionLoader(lambda name: _load(name, templates)),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # Markdown; the filters `cell`, `code` and `yaml` escape
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=_finalize,
-    )
-    env.filters.update(FILTERS)
-    env.filters["row_label"] = row_label
+    env = Sandbox(jinja2.FunctionLoader(lambda name: _load(name, templates)), {**FILTERS, "row_label": row_label})
     try:
-        text = env.get_template(ENTRY).render(card=card, facts=facts)
+        text = env.text(ENTRY, card=card, facts=facts)
     except TEMPLATE_ERRORS as e:
         raise InputError(_explain(e)) from None
     return _tidy(text)
@@ -92,13 +84,6 @@ def _builtin() -> Traversable:
         return files("publisher.templates")
     except ModuleNotFoundError:
         return Path(__file__).parent.parent / "templates"
-
-
-def _finalize(value: Any) -> Any:
-    """What an expression prints. No `None`, no `nan`."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        raise jinja2.TemplateRuntimeError(f"the value printed here is missing ({value})")
-    return value
 
 
 def _explain(error: Exception) -> str:
@@ -144,10 +129,22 @@ FORBIDDEN: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("placeholder", re.compile(r"\b(?:TBD|TODO|FIXME)\b|(?<![\w/])N/A(?![\w/])|\bundefined\b|\{\{|\{%")),
     # where a figure would stand; "None of these" and "holds a NaN" are English
     ("placeholder", re.compile(r"(?<![\w.\-])(?:None(?! of\b)|(?<!\ba )(?:NaN|nan|NAN))(?![\w\-])")),
-    ("path of a machine", re.compile(r"(?<![\w.:/~\-])/(?:home|work|tmp|Users|root|private|mnt|Volumes)/\S*")),
-    ("path of a machine", re.compile(r"\b[A-Z]:\\\S*|\bfile://\S*")),
     ("access token", re.compile(r"\bhf_[A-Za-z0-9]{16,}")),
 )  # fmt: skip
+ADDRESS = re.compile(r"\b(?!file:)[A-Za-z][\w+.\-]*://[^\s<>\"'`|]+")
+# folders that hold what belongs to one machine; what every machine has (/usr/bin, /etc) tells nothing
+ROOTS = "Users|Volumes|content|data|home|media|mnt|nfs|opt|private|root|run/user|scratch|srv|tmp|var|workspaces?"
+MACHINE_PATH = re.compile(
+    rf"""\bfile:/+[^\s"'`<>|]+
+    | (?<![\w./~\-]) / (?:{ROOTS}) / [^\s"'`<>|,;()\[\]{{}}]+  # at least two parts
+    | (?<![\w/]) [A-Za-z]:(?:\\{{1,2}}|/(?!/)) [^\s"'`<>|,;()]+  # Windows""",
+    re.X,
+)
+
+
+def machine_paths(text: str) -> list[str]:
+    """Absolute paths of some machine in a text (Markdown, JSON), in order; addresses such as https://… hold none."""
+    return [m[0].rstrip(".:") for m in MACHINE_PATH.finditer(ADDRESS.sub("", text))]
 
 
 def check_card(text: str) -> list[str]:
@@ -167,7 +164,7 @@ def _check_header(text: str) -> Iterable[str]:
         yield f"line {mark.line + 2 if mark else 1}: front matter is not YAML"
         return
     if not isinstance(value, dict) or not value.get("license"):
-        yield "line 1: front matter names no license"
+        yield "line 1: front matter names no license; the base's card has none, so set card.license in variants.yaml"
 
 
 def _check_lines(text: str) -> Iterable[str]:
@@ -180,6 +177,7 @@ def _check_lines(text: str) -> Iterable[str]:
             for m in pattern.finditer(line):
                 shown = m[0][:6] + "…" if what == "access token" else m[0]
                 yield f"line {number}: {what} {shown!r}"
+        yield from (f"line {number}: path of a machine {path!r}" for path in machine_paths(line))
         if not fence and "}}" in line:  # closing braces of nested JSON are fine in code
             yield f"line {number}: placeholder '}}}}'"
     if fence:

@@ -11,7 +11,6 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -31,6 +30,7 @@ LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+\-]{0,63}")
 LANGUAGE = re.compile(r"[A-Za-z][A-Za-z\-]{1,19}")
 GGUF_LABEL = re.compile(r"I?Q[1-8]_(K(_(S|M|L|XL))?|[01]|XXS|XS|NL|S|M)|MXFP4(_MOE)?")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
+DAMAGED = "this variant's folder is damaged"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ class Contents:
     weights: tuple[FileEntry, ...]  # the safetensors files
     license_file: str | None
     model_type: str
-    family: ModuleType  # its table in `quant/`
+    tags: tuple[str, ...]  # of the family, as its table in `quant/` has them
+    credit: tuple[str, str, str]  # name, link and deed of who made the family
+    question: str  # of the usage snippets
+    context: int | None  # tokens
     nbytes: int
     params: int
     text_nbytes: int
@@ -102,7 +105,11 @@ class Contents:
 
 @dataclass(frozen=True)
 class Variant:
-    """One rung. contents None: `missing` says why. smoke, bench None: `no_smoke`, `no_bench` say why."""
+    """One rung. contents None: `missing` says why. smoke, bench None: `no_smoke`, `no_bench` say why.
+
+    error: what is wrong with a folder that holds a damaged variant, in one line; such a variant has no card, and
+    `render` raises it. Its siblings' cards say that it is damaged.
+    """
 
     id: str
     repo: str
@@ -144,13 +151,18 @@ class Facts:
     def variant(self, id: str) -> Variant:
         return next(v for v in self.variants if v.id == id)
 
+    @property
+    def errors(self) -> dict[str, str]:
+        """What is wrong with each damaged variant, by id: these have no card."""
+        return {v.id: v.error for v in self.variants if v.error is not None}
+
 
 def gather(project: Project, base_folder: Path | None) -> Facts:
     """Read what there is. base_folder: the original (a folder or a snapshot), or None if it is not at hand.
 
     Without it the base's licence, language and size are unknown; the licence then comes from `card.license`. A variant
-    that cannot be read is kept with its error, so that its siblings' cards can still be made. Raises InputError for a
-    `card.license` that contradicts the base's own card.
+    whose folder is damaged is kept with its `error`, so that its siblings' cards can still be made. Raises InputError for
+    a `card.license` that contradicts the base's own card.
     """
     ladder = project.ladder
     return Facts(
@@ -231,7 +243,9 @@ def _variant(project: Project, id: str) -> Variant:
     try:
         contents = _contents(project, id)
     except InputError as e:
-        missing, error = "its folder cannot be read", str(e)
+        missing, error = DAMAGED, str(e)
+    except OSError as e:
+        missing, error = DAMAGED, f"{id}: cannot be read ({e.strerror or e}); run `publish build {id}`"
     store = project.store
     build = smoke = bench = None
     no_smoke = no_bench = missing
@@ -272,18 +286,24 @@ def _contents(project: Project, id: str) -> Contents | None:
     manifest = read_model(project.store.manifest(id), Manifest)
     if manifest is None:
         return None
+    if manifest.id != id:
+        raise InputError(f"{id}/manifest.json: is of variant {manifest.id}; delete the folder to build it again")
     config, packed = read_packed(folder)
     check_manifest(folder, manifest, packed)
     rows = bit_rows(config, packed, manifest, project.recipe(id), project.variant(id).bits, project.group_size(id))
     text = [p for p in packed if p.target.part == "text"]
     names = [f.path for f in manifest.files]
+    family = quant_table(config)
     return Contents(
         manifest=manifest,
         rows=tuple(rows),
         weights=tuple(sorted((f for f in manifest.files if f.path.endswith(".safetensors")), key=lambda f: f.path)),
         license_file=next((n for n in sorted(names) if n.upper().startswith("LICENSE")), None),
         model_type=str(config["model_type"]),
-        family=quant_table(config),
+        tags=tuple(family.CARD_TAGS),
+        credit=family.CARD_CREDIT,
+        question=family.CARD_QUESTION,
+        context=_context(config),
         nbytes=_total(packed),
         params=sum(p.target.params for p in packed),
         text_nbytes=_total(text),
@@ -293,6 +313,12 @@ def _contents(project: Project, id: str) -> Contents | None:
         sampling=_sampling(folder / "generation_config.json"),
         thinking=any("enable_thinking" in _text(folder / n) for n in ("chat_template.jinja", "tokenizer_config.json")),
     )
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    inner = config.get("text_config")
+    found = (inner if isinstance(inner, dict) else config).get("max_position_embeddings")
+    return found if type(found) is int and found > 0 else None
 
 
 def _total(packed: list[Packed]) -> int:
@@ -315,7 +341,12 @@ def _sampling(path: Path) -> dict[str, float]:
     if not isinstance(value, dict) or not value.get("do_sample"):
         return {}
     found = {k: value[k] for k in SAMPLING if k in value}
-    return {k: v for k, v in found.items() if type(v) in (int, float) and math.isfinite(v)}
+    good = {"temperature": lambda v: 0 <= v < 100, "top_p": lambda v: 0 < v <= 1, "min_p": lambda v: 0 <= v <= 1}
+    return {
+        k: v
+        for k, v in found.items()
+        if type(v) in (int, float) and math.isfinite(v) and good.get(k, lambda v: 0 <= v < 1e6)(v)
+    }
 
 
 def _result(path: Path, kind: Any, weights_hash: str) -> tuple[Any, str]:

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote as quote_url
 
 import yaml
 
@@ -29,7 +30,7 @@ def not_measured(reason: str) -> str:
 
 
 def size(nbytes: float) -> str:
-    """Decimal units: `7.17 GB`, `13.6 MB`."""
+    """Decimal units: `7.17 GB`, `13.6 MB`, `547 kB`, `12 bytes`. The one spelling, on cards and in the terminal."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if nbytes >= unit:
             return f"{nbytes / unit:.{_places(nbytes / unit)}f} {name}"
@@ -103,12 +104,20 @@ def number(value: float | None, reason: str, unit: Callable[[float], str]) -> st
 def cell(text: Any) -> str:
     """Text for a Markdown table: one line, pipes escaped, no HTML."""
     one = " ".join(str(text).split()).replace("<", "&lt;")
-    return re.sub(r"(\\*)\|", lambda m: m[1] * 2 + r"\|", one)
+    return re.sub(r"(?<!\\)(\\*)\|", lambda m: m[1] * 2 + r"\|", one)
 
 
 def line(text: Any) -> str:
     """Text for a sentence: one line."""
     return " ".join(str(text).split())
+
+
+def link(name: Any, url: str | None) -> str:
+    """`[name](url)`, whatever is in the address; without one the name alone."""
+    if not url:
+        return line(name)
+    address = re.sub(r"[\s()<>|\\\"'`\[\]]", lambda m: quote_url(m[0]), url)
+    return f"[{line(name)}]({address})"
 
 
 def code(text: Any) -> str:
@@ -154,6 +163,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "code": code,
     "date": pretty_date,
     "line": line,
+    "link": link,
     "literal": literal,
     "params": params,
     "quote": quote,

@@ -55,6 +55,7 @@ class Setup:
     mark: str
     ids: tuple[str, ...]
     protocol: str
+    compute: str  # bfloat16, float32
     device: str
     dates: str
     brackets: bool  # more than one repetition, so that there is a lowest and a highest
@@ -84,12 +85,12 @@ class View:
 
     front_matter: dict[str, Any]
     title: str
-    label: str
     base: Base
     base_url: str | None
     variant: Variant
     contents: Contents
-    formats: tuple[str, ...]  # of the language model's matrices, widest last
+    tool: str  # name and version, linked if card.tool_url is set
+    tool_url: str | None
     mixed: bool
     awq: bool
     original_size: str
@@ -104,15 +105,14 @@ class View:
     texts: tuple[TextSetup, ...]
     speed: tuple[SpeedRow, ...]
     speed_setup: Setup | None
+    compute: str  # type that all figures of `ladder` were computed in; empty where they differ
     bits: tuple[BitRow, ...]
     reason_notes: tuple[str, ...]
     reasons: dict[str, str]  # a row's reason, its common part as a mark
     checks: tuple[Check, ...]
-    kld: str
-    mlx_lm: Check | None  # a smoke check that loaded the folder in mlx-lm
     model: str  # what a loader is given: repo, or the local folder
     sampling: dict[str, float]
-    license: License
+    license: License | None  # None: the base's card names none, and the publisher gave none
     license_title: str
     license_url: str | None
     credit: tuple[str, str, str]  # name, link and deed of who made the family
@@ -125,31 +125,32 @@ class View:
 
 
 def view(facts: Facts, id: str) -> View:
-    """Raises InputError if the variant has no weights to describe, or if no licence is known."""
+    """Raises InputError if the variant has no weights to describe."""
     v, base = facts.variant(id), facts.base
     if v.error:
         raise InputError(v.error)
     if v.contents is None:
         raise InputError(f"{id}: {v.missing}, so there is nothing that a card could describe; run `publish build {id}`")
-    if base.license is None:
-        raise InputError(f"{base.name}: no licence found in the base's README.md; set card.license in variants.yaml")
     c = v.contents
-    formats = _formats(c.rows)
+    tool, *version = c.manifest.tool.split()
     awq = any(r.awq for r in c.rows)
     setups, texts = _setups(facts.variants), _texts(facts.variants)
     notes, reasons = shared_notes(r.why for r in c.rows)
-    title, url = LICENSES.get(base.license.id, (base.license.name or base.license.id, None))
+    title, url = "", None
+    if base.license:
+        title, url = LICENSES.get(base.license.id, (base.license.name or base.license.id, None))
+        url = _license_link(base.license, c) or url
     o = base.original
     return View(
         front_matter=front_matter(facts, v, c, base.license),
         title=f"{base.short} {v.gguf or v.id} (MLX)",
-        label=v.gguf or v.id,
         base=base,
         base_url=HUB + base.repo if base.repo else None,
         variant=v,
         contents=c,
-        formats=formats,
-        mixed=len(formats) > 1,
+        tool=" ".join((fmt.link(tool, facts.card.tool_url), *version)),
+        tool_url=facts.card.tool_url,
+        mixed=len(_formats(c.rows)) > 1,
         awq=awq,
         original_size=f"{fmt.size(o.size)} ({fmt.binary_size(o.size)})" if o else NO_ORIGINAL,
         original_format=_files(o.shards) if o else NO_ORIGINAL,
@@ -163,35 +164,36 @@ def view(facts: Facts, id: str) -> View:
         texts=texts,
         speed=tuple(_speed_rows(v)),
         speed_setup=next((s for s in setups if id in s.ids), None),
+        compute=computes.pop() if len(computes := {s.compute for s in setups}) == 1 else "",
         bits=c.rows,
         reason_notes=notes,
         reasons=reasons,
         checks=tuple(k.model_copy(update={"detail": fmt.portable(k.detail)}) for k in v.smoke.checks)
         if v.smoke
         else (),
-        kld=_kld(v),
-        mlx_lm=next((k for k in v.smoke.checks if re.search(r"mlx[-_]lm", k.name)), None) if v.smoke else None,
         model=v.repo if v.owned else f"./{v.name}",
         sampling={k: c.sampling[k] for k in SAMPLING if k in c.sampling},
         license=base.license,
         license_title=title,
-        license_url=_license_link(base.license, c) or url,
-        credit=c.family.CARD_CREDIT,
-        question=c.family.CARD_QUESTION,
+        license_url=url,
+        credit=c.credit,
+        question=c.question,
         strategy=v.strategy,
-        build_device=device_text(v.build.device) if v.build else "not recorded: build.json is missing",
-        smoke_device=device_text(v.smoke.device) if v.smoke else fmt.not_measured(v.no_smoke),
+        build_device=machine_text(v.build.device) if v.build else "not recorded: build.json is missing",
+        smoke_device=_smoke_device(v),
         built_at=fmt.pretty_date(v.build.built_at) if v.build else "not recorded: build.json is missing",
         mlx=v.build.device.mlx if v.build else "not recorded: build.json is missing",
     )
 
 
-def front_matter(facts: Facts, v: Variant, c: Contents, license: License) -> dict[str, Any]:
-    out: dict[str, Any] = {"license": license.id}
-    if license.name:
-        out["license_name"] = license.name
-    if link := _license_link(license, c):
-        out["license_link"] = link
+def front_matter(facts: Facts, v: Variant, c: Contents, license: License | None) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    if license:
+        out["license"] = license.id
+        if license.name:
+            out["license_name"] = license.name
+        if link := _license_link(license, c):
+            out["license_link"] = link
     if facts.base.language:
         out["language"] = list(facts.base.language)
     if facts.base.repo:
@@ -225,7 +227,7 @@ def _tags(facts: Facts, v: Variant, c: Contents) -> Iterable[str]:
     if c.manifest.inputs.imatrix:
         yield "imatrix"
     yield c.model_type
-    yield from c.family.CARD_TAGS
+    yield from c.tags
     yield "apple-silicon"
     if v.strategy in STRATEGY_TAGS:
         yield STRATEGY_TAGS[v.strategy]
@@ -281,7 +283,7 @@ def _ladder_row(x: Variant, current: Variant, setups: tuple[Setup, ...], texts: 
 def _decode(x: Variant) -> str:
     if x.bench is None:
         return fmt.not_measured(x.no_bench)
-    return fmt.stat(x.bench.variant.decode_tps, x.bench.variant.reason or "the benchmark gave none", fmt.rate)
+    return fmt.stat(x.bench.variant.decode_tps, _why_decode(x.bench.variant, x.bench), fmt.rate)
 
 
 def _speedup(x: Variant) -> str:
@@ -290,9 +292,9 @@ def _speedup(x: Variant) -> str:
         return fmt.not_measured(x.no_bench)
     mine, original = x.bench.variant.decode_tps, x.bench.bf16.decode_tps
     if mine is None:
-        return fmt.not_measured(x.bench.variant.reason or "the benchmark gave none")
+        return fmt.not_measured(_why_decode(x.bench.variant, x.bench))
     if original is None or not original.median > 0:
-        return fmt.not_measured(f"BF16: {_why(x.bench.bf16)}")
+        return fmt.not_measured(f"BF16: {_why_decode(x.bench.bf16, x.bench)}")
     return fmt.number(mine.median / original.median, "", lambda r: f"{r:.2f}×")
 
 
@@ -309,9 +311,10 @@ def _speed_rows(v: Variant) -> Iterable[SpeedRow]:
     if bench is None:
         return
     pair, last = (bench.bf16, bench.variant), f"turn {bench.protocol.turns}"
-    yield SpeedRow(f"Decode, {last} (tok/s)", *(fmt.stat(s.decode_tps, _why(s), fmt.rate) for s in pair))
+    context = v.contents.context if v.contents else None
+    yield SpeedRow(f"Decode, {last} (tok/s)", *(fmt.stat(s.decode_tps, _why_decode(s, bench), fmt.rate) for s in pair))
     for n in sorted({*bench.protocol.prefill, *bench.variant.prefill_tps, *bench.bf16.prefill_tps}):
-        prefill = (fmt.stat(s.prefill_tps.get(n), _why(s), fmt.rate) for s in pair)
+        prefill = (fmt.stat(s.prefill_tps.get(n), _why_prefill(s, n, context), fmt.rate) for s in pair)
         yield SpeedRow(f"Prefill, {n} tokens (tok/s)", *prefill)
     yield SpeedRow(f"Time to first token, {last}", *(fmt.stat(s.ttft_s, _why(s), fmt.seconds) for s in pair))
     yield SpeedRow("Peak memory", *(fmt.number(s.peak_gb, _why(s), fmt.gigabytes) for s in pair))
@@ -321,12 +324,27 @@ def _why(s: Speed) -> str:
     return s.reason or "the benchmark gave none"
 
 
+def _why_decode(s: Speed, bench: Bench) -> str:
+    if not s.reason and bench.protocol.turn_tokens == 1:
+        return "a turn of one token leaves nothing to time"
+    return _why(s)
+
+
+def _why_prefill(s: Speed, length: int, context: int | None) -> str:
+    """The benchmark leaves out lengths that the context does not take."""
+    if s.reason or context is None or length < context:
+        return _why(s)
+    return f"{'longer than' if length > context else 'as long as'} the model's context of {context} tokens"
+
+
 def _setups(variants: Iterable[Variant]) -> tuple[Setup, ...]:
     groups: dict[str, list[tuple[str, Bench]]] = {}
     for v in variants:
         if v.bench and v.bench.variant.decode_tps:
             b = v.bench
-            key = " ".join((str(b.version), b.settings, b.protocol.model_dump_json(), b.device.model_dump_json()))
+            key = " ".join(
+                (str(b.version), b.settings, b.protocol.model_dump_json(), b.device.model_dump_json(), b.compute)
+            )
             groups.setdefault(key, []).append((v.id, v.bench))
     out = []
     for i, members in enumerate(groups.values()):
@@ -337,6 +355,7 @@ def _setups(variants: Iterable[Variant]) -> tuple[Setup, ...]:
                 mark="abcdefghijklmnopqrstuvwxyz"[i % 26] if len(groups) > 1 else "",
                 ids=tuple(id for id, _ in members),
                 protocol=protocol_line(bench.protocol),
+                compute=bench.compute,
                 device=device_text(bench.device),
                 dates=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
                 brackets=bench.protocol.runs > 1,
@@ -358,11 +377,21 @@ def _texts(variants: Iterable[Variant]) -> tuple[TextSetup, ...]:
     )
 
 
+def _smoke_device(v: Variant) -> str:
+    if v.smoke is None:
+        return fmt.not_measured(v.no_smoke)
+    if v.bench and v.bench.variant.decode_tps and v.bench.device == v.smoke.device:
+        return "the machine of the benchmark above"
+    return device_text(v.smoke.device)
+
+
+def machine_text(d: Device) -> str:
+    return fmt.line(f"{d.name}, {fmt.binary_size(1e9 * d.memory_gb)} memory, {d.os}")
+
+
 def device_text(d: Device) -> str:
     parts = [
-        d.name,
-        f"{fmt.binary_size(1e9 * d.memory_gb)} memory",
-        d.os,
+        machine_text(d),
         f"{BACKENDS.get(d.backend.lower(), d.backend)} backend{f' ({d.blas})' if d.blas else ''}",
         f"mlx {d.mlx}",
         d.tool,

@@ -66,6 +66,8 @@ class Commands(click.Group):
             # the reader of our output is gone (`publish plan | head`): no traceback, and none at interpreter exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
+        except OSError as e:  # the machine's: a full disk, a folder without permission
+            raise Failure(f"{e.filename or 'output'}: {e.strerror or e}", EXIT_CODES[InputError]) from e
 
 
 class Options:
@@ -159,7 +161,7 @@ def plan(options: Options, ids: tuple[str, ...]) -> None:
 
     project = options.project
     chosen = project.select(ids)
-    seen = survey(project, options.hub, cards=False, ids=chosen)
+    seen = survey(project, options.hub, cards=False, ids=chosen, read=False)
     options.show(show.plan_json(seen), lambda: show.plan_text(seen))
 
 
@@ -321,22 +323,39 @@ def push(
     chosen = project.select(ids, all_variants)
     hub = options.hub()
     plans = prepare(project, chosen, hub, create_pr=create_pr, private=private, overwrite=overwrite)
-    if dry_run or not options.as_json:
-        options.show(show.push_json(plans), lambda: show.push_text(plans, hub.endpoint))
+    text = show.push_text(plans, hub.endpoint)
     if dry_run:
+        options.show(show.push_json(plans), lambda: text)
+        if refused := [p.refusal for p in plans if p.refusal]:
+            raise RemoteChanged("; ".join(refused))
         return
-    if any(not p.up_to_date for p in plans) and not yes:
-        if not sys.stdin.isatty():
-            raise InputError("not a terminal, so nobody can be asked: give --yes to push")
-        if not click.confirm("Push?", err=True):
-            raise click.exceptions.Exit(1)
+    if not options.as_json:
+        click.echo(text)
+    if not yes and any(not p.up_to_date and not p.refusal for p in plans):
+        _ask(text if options.as_json else "")
     receipts, failed = release(project, hub, plans, options.report)
     options.show(show.receipts_json(receipts), lambda: show.receipts_text(receipts, hub.endpoint))
     if failed:
-        for id, error in list(failed.items())[:-1]:
-            click.echo(f"Error: {id}: {error}", err=True)
+        # what follows the first line is a difference, which the text of the plan has shown
+        told = {id: str(e) if options.as_json else str(e).splitlines()[0] for id, e in failed.items()}
+        for id in list(failed)[:-1]:
+            click.echo(f"Error: {id}: {told[id]}", err=True)
         id, error = list(failed.items())[-1]
-        raise type(error)(f"{id}: {error}") from error
+        raise type(error)(f"{id}: {told[id]}") from error
+
+
+def _ask(plan: str) -> None:
+    """Whether to push, of a person who has seen the plan: given where stdout holds JSON instead."""
+    if not _on_terminal():
+        raise InputError("not a terminal, so nobody can be asked: give --yes to push")
+    if plan:
+        click.echo(plan, err=True)
+    if not click.confirm("Push?", err=True):
+        raise click.exceptions.Exit(1)
+
+
+def _on_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 @main.command()

@@ -12,13 +12,18 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inference.errors import CheckFailed, InputError, ResourceError
 
+from .store import write_bytes
+
 if TYPE_CHECKING:
-    from .hub import Hub
+    from .hub import Hub, Progress, RemoteFile
 
 # What a build reads or copies; never Python, nor the weights in other formats that many repos also hold.
 BASE_FILES = [
@@ -26,6 +31,9 @@ BASE_FILES = [
     "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*processor*.json",
     "LICENSE*", "NOTICE*", "README.md",
 ]  # fmt: skip
+
+LARGE_BYTES = 32 << 20  # files above come in small groups, so that progress can be told
+AT_ONCE = 4  # of them; the client loads the files of a group side by side
 
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = {"config.json": 10 << 20, INDEX: 50 << 20, "README.md": 2 << 20}  # bytes read at most
@@ -35,16 +43,57 @@ MAX_SHARDS = 2000
 MAX_SHARD_BYTES = 500 << 30  # the Hub's limit for one file
 
 
-def download_base(hub: Hub, repo: str, commit: str) -> Path:
+def download_size(hub: Hub, repo: str, commit: str) -> int:
+    """Bytes that `download_base` would add to the cache of `hf`. Raises InputError if there is no such commit."""
+    return sum(f.size for f in _wanted(hub, repo, commit) if not hub.is_cached(repo, f))
+
+
+def check_disk(needs: Mapping[Path, int]) -> None:
+    """Whether the bytes about to be written below each folder fit, all of one disk taken together.
+
+    Raises ResourceError with both figures. A folder need not exist yet.
+    """
+    disks: dict[int, list[tuple[Path, int]]] = {}
+    for folder, nbytes in needs.items():
+        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        disks.setdefault(existing.stat().st_dev, []).append((existing, nbytes))
+    for parts in disks.values():
+        total, free = sum(nbytes for _, nbytes in parts), shutil.disk_usage(parts[0][0]).free
+        if total > free:
+            where = " and ".join(dict.fromkeys(str(folder) for folder, nbytes in parts if nbytes))
+            raise ResourceError(f"disk: {total / 1e9:.2f} GB needed at {where}, {free / 1e9:.2f} GB free")
+
+
+def download_base(hub: Hub, repo: str, commit: str, progress: Progress | None = None) -> Path:
     """The base model's folder in the cache of `hf`, downloaded as far as it is not there, every file hashed.
 
-    Raises CheckFailed for a file that is not what the hub says, ResourceError if the disk cannot hold it.
+    progress is told before each group of files, with the bytes of those that are done. Raises CheckFailed for a file
+    that is not what the hub says, ResourceError if the disk cannot hold it.
     """
+    tell = progress or (lambda what, done, total: None)
     hub.require_online(f"downloading {repo}")
-    folder = hub.snapshot(repo, commit, BASE_FILES)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _check_blob(path)
+    files = _wanted(hub, repo, commit)
+    check_disk({hub.cache: sum(f.size for f in files if not hub.is_cached(repo, f))})
+    small = [f for f in files if f.size <= LARGE_BYTES]
+    large = [f for f in files if f.size > LARGE_BYTES]
+    total, done = sum(f.size for f in files), 0
+    folder = None
+    for group in filter(None, [small, *(large[i : i + AT_ONCE] for i in range(0, len(large), AT_ONCE))]):
+        tell(f"downloading {group[0].path}" + (f" and {len(group) - 1} more" if group[1:] else ""), done, total)
+        folder = hub.snapshot(repo, commit, [f.path for f in group])
+        done += sum(f.size for f in group)
+    assert folder is not None
+    tell("checking what arrived", total, total)
+    check_snapshot(folder)
     return folder
+
+
+def _wanted(hub: Hub, repo: str, commit: str) -> list[RemoteFile]:
+    files = hub.tree(repo, commit)
+    found = [f for f in (files or {}).values() if any(fnmatchcase(f.path, pattern) for pattern in BASE_FILES)]
+    if not found:
+        raise InputError(f"{repo}: no model at {commit[:12]}; expected config.json and safetensors weights")
+    return found
 
 
 def download_file(hub: Hub, repo: str, file: str, commit: str) -> Path:
@@ -54,9 +103,37 @@ def download_file(hub: Hub, repo: str, file: str, commit: str) -> Path:
     return path
 
 
+def check_snapshot(folder: Path) -> None:
+    """Hash the base's files in a snapshot of the cache, unless a run of ours did and none was touched since.
+
+    That they were is a note beside the snapshots: a download that was killed before its check has none. Raises
+    CheckFailed for a damaged file, which is removed.
+    """
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {name: path for name, path in files.items() if any(fnmatchcase(name, pattern) for pattern in BASE_FILES)}
+    note = folder.parent.parent / "publish-verified" / folder.name
+    if note.is_file() and note.read_bytes() == _note(files):
+        return
+    for path in files.values():
+        _check_blob(path)
+    with suppress(OSError):  # a cache that cannot be written to is hashed every time
+        write_bytes(note, _note(files))
+
+
+def _note(files: Mapping[str, Path]) -> bytes:
+    """What a check found: name, bytes and time of each file."""
+    stats = {name: path.stat() for name, path in files.items()}
+    return json.dumps({name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}, indent=1).encode()
+
+
 def _check_blob(path: Path) -> None:
-    """A blob of the cache is named by its sha256 (LFS) or by git's sha1. Where links are not used there is no name."""
-    blob = path.resolve()
+    """A blob of the cache is named by its sha256 (LFS) or by git's sha1. Where links are not used there is no name.
+
+    The blob may itself be a link, into the store that the cache's repos share.
+    """
+    if not path.is_symlink():
+        return
+    blob = Path(os.path.normpath(path.parent / os.readlink(path)))
     name, size = blob.name, blob.stat().st_size
     if blob.parent.name != "blobs" or len(name) not in (40, 64):
         return
@@ -65,8 +142,11 @@ def _check_blob(path: Path) -> None:
         while block := f.read(8 << 20):
             hasher.update(block)
     if hasher.hexdigest() != name:
-        path.unlink()  # else the next run would find a complete snapshot
-        blob.unlink(missing_ok=True)
+        try:  # else the next run would find a complete snapshot
+            for damaged in (path, blob.resolve(), blob):
+                damaged.unlink(missing_ok=True)
+        except OSError:
+            raise CheckFailed(f"{path.name}: what arrived is not what the hub holds; delete {blob}") from None
         raise CheckFailed(f"{path.name}: what arrived is not what the hub holds; it was removed: run again")
 
 

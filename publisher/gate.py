@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from inference.errors import InputError
 
-from .card import check_card
+from .card import check_card, machine_paths
 from .schema import Manifest, Smoke
 from .store import read_model
 from .variants import Project
@@ -17,10 +18,11 @@ MAX_REPO_ID = 96  # the Hub's limit
 CARD_BYTES = 2 << 20
 
 
-def gate(project: Project, id: str, *, expected_card: str | None = None) -> list[str]:
+def gate(project: Project, id: str, *, expected_card: str | None = None, stale: Sequence[str] = ()) -> list[str]:
     """Reasons not to publish a variant; none: it may go. Raises nothing about what it finds.
 
-    expected_card: the card as it would be rendered now, if the caller has it.
+    expected_card: the card as it would be rendered now, if the caller has it. stale: what the caller knows to be of
+    other inputs than today's, each with its next step; told where there is something built at all.
     """
     refusals = _names(project, id)
     folder = project.store.variant(id)
@@ -42,7 +44,9 @@ def gate(project: Project, id: str, *, expected_card: str | None = None) -> list
                 else f"run `publish build {id}`"
             )
             refusals.append(f"{id}: {check.name}: {check.detail}; {step}")
+    refusals += [f"{id}: {reason}" for reason in stale]
     refusals += _smoke(project, id, manifest)
+    refusals += [r for name in ("config.json", "manifest.json") for r in _paths(folder / name, id)]
     refusals += _card(folder, id, expected_card)
     return refusals
 
@@ -72,6 +76,19 @@ def _smoke(project: Project, id: str, manifest: Manifest) -> list[str]:
         why = f": {failed.name}: {failed.detail}" if failed else ""
         return [f"{id}: the smoke test failed{why}; change the recipe and run `publish build {id}`"]
     return []
+
+
+def _paths(path: Path, id: str) -> list[str]:
+    """Paths of a machine in a JSON file that is published. What does not parse is told by others."""
+    try:
+        found = machine_paths(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return []
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    if not found:
+        return []
+    what = f"path of a machine {found[0]!r}{more}"
+    return [f"{id}: {path.name}: {what}; take it out of the base and run `publish build {id}`"]
 
 
 def _card(folder: Path, id: str, expected: str | None) -> list[str]:

@@ -1,100 +1,63 @@
 """The Hub as this project uses it: typed calls with timeouts, bounded retries and one line for every error.
 
-The only module that imports huggingface_hub. The client has no timeouts, waits as long as a server asks it to, retries
-some calls and not others, and lets httpx2, LFS and Xet errors through in a dozen types; here each call is made through
-`Hub._call`, which retries what may be retried and turns the rest into the errors of `inference.errors`. `commit` is
-never retried here: whether it landed is decided by `push` from what the repo then holds.
-
-No token is ever put into a message: errors are built from the status and the server's own words, with the token and
-the signatures of URLs cut out, and raised without the client's exception behind them.
+Only the files `hub*.py` import huggingface_hub. Each call is made through `hub_errors.Calls`, which retries what
+may be retried and turns the rest into the errors of `inference.errors`. `commit` is never retried here: whether it
+landed is decided by `push` from what the repo then holds.
 """
 
 from __future__ import annotations
 
-import errno
+import glob
 import hashlib
-import logging
 import os
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
-import httpx2
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
     constants,
-    get_token,
     hf_hub_url,
     snapshot_download,
 )
-from huggingface_hub import set_client_factory as _set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import (
-    are_progress_bars_disabled,
     build_hf_headers,
-    disable_progress_bars,
-    enable_progress_bars,
     get_session,
     hf_raise_for_status,
 )
-from huggingface_hub.utils import logging as hf_logging
-from huggingface_hub.utils._http import default_client_factory
 
 from inference.checkpoint import shard_files
-from inference.errors import (
-    AuthError,
-    CheckFailed,
-    CheckpointError,
-    HubUnavailable,
-    InputError,
-    PublishError,
-    RemoteChanged,
-    ResourceError,
-)
+from inference.errors import AuthError, CheckFailed, CheckpointError, HubUnavailable, InputError, RemoteChanged
 
-from .fetch import BASE_FILES, download_base, download_file, remote_headers
+from .fetch import BASE_FILES, check_disk, check_snapshot, download_base, download_file, download_size, remote_headers
+from .hub_client import checked_endpoint, checked_token, configure, no_bars
+from .hub_errors import Calls
 
 __all__ = [
     "Account", "Head", "Hub", "Progress", "RemoteFile", "Upload",
-    "cached_snapshot", "download_base", "download_file", "remote_headers",
+    "cached_snapshot", "check_disk", "download_base", "download_file", "download_size", "remote_headers",
 ]  # fmt: skip
 
-CONNECT_S = 15  # to open a connection
 ANSWER_S = 120  # of silence while reading or writing; the Hub's gateway gives up on a commit after about 60
 PATIENCE_S = 60  # for all tries of one call, waits included
 PAUSE_S = 1.0  # before the second try, doubled for each further one
 DOWNLOAD_TRIES = 3  # what has arrived is kept from one to the next
 UPLOAD_TRIES = 3  # of one group of files; the client itself repeats a PUT up to five times within each
 ALONE_BYTES = 32 << 20  # larger files are uploaded one by one, so that progress can be told and done ones are kept
-CONFLICTS = 30  # answers "another conflicting operation is in progress" to a create before giving up, one a second
-RETRYABLE = (408, 429, 500, 502, 503, 504)
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-# what a call into the client can raise
-MALFORMED = (
-    KeyError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-)  # an answer without the fields the client expects
-CLIENT_ERRORS = (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError, *MALFORMED)
-
-T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
@@ -157,18 +120,11 @@ class Hub:
         pause_s: float = PAUSE_S,
         answer_s: float = ANSWER_S,
     ) -> None:
-        self.endpoint = _endpoint(endpoint or constants.ENDPOINT)
-        self.patience_s, self.pause_s, self.answer_s = patience_s, pause_s, answer_s
-        self._token = _token(token)
-        self._conflicts = 0
-        local = urlsplit(self.endpoint).hostname in LOOPBACK
-        # The built-in hub has no Xet, and the client does not fall back by itself.
-        constants.HF_HUB_DISABLE_XET = local or _is_true(os.environ.get("HF_HUB_DISABLE_XET"))
-        if local:
-            _bypass_proxy()
-        if not (constants.HF_DEBUG or os.environ.get("HF_HUB_VERBOSITY")):
-            hf_logging.set_verbosity(logging.ERROR)  # its warnings quote signed URLs; failures are told by our errors
-        _set_client_factory(self._client)
+        self.endpoint = checked_endpoint(endpoint or constants.ENDPOINT)
+        self.pause_s = pause_s
+        self._token = checked_token(token)
+        self._call = Calls(self.endpoint, self._token, patience_s, pause_s)
+        configure(self.endpoint, answer_s, self._call.watch)
         self._api = HfApi(endpoint=self.endpoint, token=self._token or False)
 
     def __repr__(self) -> str:
@@ -190,7 +146,9 @@ class Hub:
         def ask() -> Account:
             who = self._api.whoami()
             token = (who.get("auth") or {}).get("accessToken") or {}
-            return Account(str(who["name"]), str(token.get("role") or ""))
+            if not isinstance(who.get("name"), str):
+                raise self._call.none_of_a_hub("asking whose token this is")
+            return Account(who["name"], str(token.get("role") or ""))
 
         return self._call("asking whose token this is", ask)
 
@@ -199,7 +157,7 @@ class Hub:
         self._call(f"checking write access to {repo}", self._api.auth_check, repo, write=True)
 
     def create_repo(self, repo: str, private: bool) -> None:
-        self._conflicts = 0
+        self._call.forget_conflicts()
         self._call(f"creating {repo}", self._api.create_repo, repo, private=private, exist_ok=True)
 
     # ------------------------------------------------------------------------------------------ what a repo holds
@@ -250,17 +208,17 @@ class Hub:
     def check_card(self, text: str) -> None:
         """Raises InputError if the hub would refuse the card's metadata: better before the weights than after."""
 
-        def ask() -> httpx2.Response:
+        def ask() -> str:
             body = {"content": text, "repoType": "model"}
             answer = get_session().post(f"{self.endpoint}/api/validate-yaml", json=body, headers=self._headers())
-            if answer.status_code != 400:
-                hf_raise_for_status(answer)
-            return answer
+            if answer.status_code == 400:
+                return _first_message(answer.json())
+            hf_raise_for_status(answer)
+            return ""
 
-        answer = self._call("checking the card's metadata", ask)
-        if answer.status_code == 400:
-            errors = answer.json().get("errors") or [{"message": "no reason given"}]
-            raise InputError(f"README.md: the hub refuses its metadata: {self._clean(str(errors[0].get('message')))}")
+        fault = self._call("checking the card's metadata", ask)
+        if fault:
+            raise InputError(f"README.md: the hub refuses its metadata: {self._call.clean(fault)}")
 
     def upload(
         self, repo: str, revision: str, uploads: Sequence[Upload], progress: Progress | None = None
@@ -275,7 +233,7 @@ class Hub:
         }
         total, done = sum(u.size for u in uploads), 0
         small = [u for u in uploads if u.size <= ALONE_BYTES]
-        with _no_bars():
+        with no_bars():
             for group in filter(None, [small, *([u] for u in uploads if u.size > ALONE_BYTES)]):
                 if progress:
                     progress(f"uploading {group[0].path}" if group is not small else "uploading", done, total)
@@ -309,7 +267,7 @@ class Hub:
     ) -> str:
         """One commit on top of `parent`; returns its id. An error does not mean that it did not land."""
         all_ = [*operations, *(CommitOperationDelete(path, is_folder=False) for path in delete)]
-        with _no_bars(), warnings.catch_warnings():
+        with no_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # hints about the card's metadata; its faults are told by check_card
             info = self._call(
                 f"committing to {repo}", self._api.create_commit, repo, all_, commit_message=title, revision=revision,
@@ -383,11 +341,12 @@ class Hub:
         info = self._call(f"resolving {repo} at {revision}", self._api.model_info, repo, revision=revision)
         return str(info.sha)
 
-    def snapshot(self, repo: str, commit: str, patterns: list[str]) -> Path:
-        """The files of a commit that match, in the cache of `hf`; what is there already is not fetched again."""
+    def snapshot(self, repo: str, commit: str, names: Iterable[str]) -> Path:
+        """The folder in the cache of `hf` with these files of a commit; what is there already is not fetched again."""
         return self._download(
-            f"downloading {repo}", self._api.snapshot_download, repo, revision=commit, allow_patterns=patterns
-        )
+            f"downloading {repo}", self._api.snapshot_download, repo, revision=commit,
+            allow_patterns=[glob.escape(name) for name in names],
+        )  # fmt: skip
 
     def file(self, repo: str, file: str, commit: str) -> Path:
         """One file of a commit, in the cache of `hf`."""
@@ -396,12 +355,22 @@ class Hub:
     def _download(self, doing: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Path:
         for attempt in range(1, DOWNLOAD_TRIES + 1):
             try:
-                return Path(self._call(doing, function, *args, retry=False, **kwargs))
+                with no_bars():
+                    return Path(self._call(doing, function, *args, retry=False, **kwargs))
             except HubUnavailable:
                 if attempt == DOWNLOAD_TRIES or constants.is_offline_mode():
                     raise
                 time.sleep(self.pause_s * attempt)
         raise AssertionError
+
+    @property
+    def cache(self) -> Path:
+        """The folder that downloads go to."""
+        return Path(constants.HF_HUB_CACHE)
+
+    def is_cached(self, repo: str, file: RemoteFile) -> bool:
+        """Whether these bytes are in the cache of `hf`, from whatever commit."""
+        return (self.cache / repo_folder_name(repo_id=repo, repo_type="model") / "blobs" / file.identity).exists()
 
     # ------------------------------------------------------------------------------------------ the wire
 
@@ -430,168 +399,29 @@ class Hub:
     def _headers(self) -> dict[str, str]:
         return build_hf_headers(token=self._token or False)
 
-    def _client(self) -> httpx2.Client:
-        client = default_client_factory()
-        client.timeout = httpx2.Timeout(self.answer_s, connect=CONNECT_S)
-        client.event_hooks["response"].append(self._watch)
-        return client
-
-    def _watch(self, answer: httpx2.Response) -> None:
-        """Ends waits that the client would do without a bound."""
-        if answer.status_code in RETRYABLE:
-            asked = _asked_wait(answer)
-            if asked > self.patience_s:
-                raise HubUnavailable(f"the hub asks to wait {asked:.0f} s ({answer.status_code}); run again after that")
-        elif answer.status_code == 409:
-            answer.read()
-            if "another conflicting operation" in answer.text:
-                self._conflicts += 1
-                if self._conflicts > CONFLICTS:
-                    raise HubUnavailable("the hub is creating another of your repos all the while; run again later")
-                time.sleep(self.pause_s)
-
-    def _call(self, doing: str, function: Callable[..., T], *args: Any, retry: bool = True, **kwargs: Any) -> T:
-        """function's value; what it raises becomes one of our errors. doing: for the message, "reading acme/x"."""
-        end, pause = time.monotonic() + self.patience_s, self.pause_s
-        while True:
-            try:
-                return function(*args, **kwargs)
-            except PublishError:
-                raise
-            except CLIENT_ERRORS as e:
-                fault, again, asked = self._translate(e, doing)
-            # Raised outside of the handler: the client's exceptions hold the request, and with it the token.
-            wait = max(pause, asked)
-            if not (retry and again) or time.monotonic() + wait > end:
-                raise fault
-            time.sleep(wait)
-            pause *= 2
-
-    def _translate(self, error: BaseException, doing: str) -> tuple[PublishError, bool, float]:
-        """(our error, whether another try can help, seconds that the server asked to wait)."""
-        for e in _chain(error):
-            if isinstance(e, PublishError):
-                return e, False, 0
-            if isinstance(e, OfflineModeIsEnabled):
-                return HubUnavailable(f"{doing} needs the hub, and HF_HUB_OFFLINE is set: unset it"), False, 0
-            if isinstance(e, LocalEntryNotFoundError) and not isinstance(e.__cause__, httpx2.HTTPError | OSError):
-                return InputError(f"{doing}: not in the local cache, and the hub cannot be asked"), False, 0
-            if isinstance(e, HfHubHTTPError | httpx2.HTTPStatusError):
-                status = e.response.status_code
-                return self._by_status(e, e.response, doing), status in RETRYABLE, _asked_wait(e.response)
-            if isinstance(e, httpx2.TransportError):
-                what = "does not answer" if isinstance(e, httpx2.TimeoutException) else "cannot be reached"
-                return HubUnavailable(f"{doing}: {self.endpoint} {what} ({type(e).__name__})"), True, 0
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-                return ResourceError(f"{doing}: the disk is full ({e.filename or 'in the cache of hf'})"), False, 0
-        if isinstance(error, FileNotFoundError):
-            return CheckFailed(f"{doing}: {error.filename} is gone"), False, 0
-        if isinstance(error, MALFORMED) or "JSON" in type(error).__name__:
-            return HubUnavailable(f"{doing}: {self.endpoint} gave an answer that is none of a hub"), True, 0
-        if isinstance(error, OSError | RuntimeError):  # Xet: text is all there is
-            return HubUnavailable(f"{doing}: {self._clean(str(error)) or type(error).__name__}"), True, 0
-        return InputError(f"{doing}: {self._clean(str(error))}"), False, 0
-
-    def _by_status(self, error: BaseException, answer: httpx2.Response, doing: str) -> PublishError:
-        status = answer.status_code
-        words = self._clean(str(getattr(error, "server_message", None) or ""))
-        said = f"{status}: {words}" if words else str(status)
-        if status not in RETRYABLE and answer.url.host != urlsplit(self.endpoint).hostname:
-            return HubUnavailable(f"{doing}: the storage behind the hub refuses ({said}); run again")
-        if isinstance(error, GatedRepoError):
-            return AuthError(f"{doing}: the repo is gated; accept its terms on the hub with this token's account")
-        if status == 401:
-            if not self._token:
-                return AuthError(f"{doing}: not found, or private: set HF_TOKEN, or run `hf auth login`")
-            return AuthError(f"{doing}: the hub does not know this token ({said}); run `hf auth login`")
-        if status == 403:
-            return AuthError(f"{doing}: refused ({said}); the token needs write access to that repo's owner")
-        if status in (402, 413, 507):
-            return AuthError(f"{doing}: the account's storage or plan does not allow it ({said})")
-        if status == 404:
-            return InputError(f"{doing}: not found on {self.endpoint} ({said})")
-        if status in (409, 412):
-            return RemoteChanged(f"{doing}: the repo has changed meanwhile ({said}); run push again")
-        if status in RETRYABLE:
-            return HubUnavailable(f"{doing}: {self.endpoint} answers {said}; run again later")
-        return InputError(f"{doing}: {self.endpoint} answers {said}")
-
-    def _clean(self, text: str) -> str:
-        """One line of bounded length without the token and without the queries of URLs (they hold signatures)."""
-        if self._token:
-            text = text.replace(self._token, "hf_…")
-        text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)
-        return " ".join(text.split())[:300]
-
 
 def cached_snapshot(repo: str, commit: str) -> Path | None:
-    """The folder of a base model in the cache of `hf`, if all of it is there. Needs no network."""
+    """The folder of a base model in the cache of `hf`, if all of it is there and intact. Needs no network.
+
+    A snapshot that no run of ours has checked yet (the download was killed, or `hf` did it) is hashed first.
+    """
     try:
         folder = Path(snapshot_download(repo, revision=commit, allow_patterns=BASE_FILES, local_files_only=True))
-        return folder if all(path.is_file() for path in shard_files(folder)) else None
-    except (LocalEntryNotFoundError, CheckpointError):
+        if not all(path.is_file() for path in shard_files(folder)):
+            return None
+        check_snapshot(folder)
+        return folder
+    except (LocalEntryNotFoundError, CheckpointError, CheckFailed):
         return None
     except ValueError as e:
         raise InputError(f"{repo}: {str(e).splitlines()[0][:200]}") from None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    for _ in range(8):
-        if error is None:
-            return
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _asked_wait(answer: httpx2.Response) -> float:
-    """Seconds that a 429 or 503 asks to wait, 0 if it does not."""
-    text = answer.headers.get("Retry-After", "").strip()
-    limit = re.search(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", answer.headers.get("ratelimit", ""))
-    return float(text) if text.isdigit() else float(limit[1]) if limit and answer.status_code == 429 else 0.0
-
-
-def _endpoint(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise InputError("the hub's endpoint must be like https://huggingface.co, without a user or a query")
-    return url.rstrip("/")
-
-
-def _token(given: str | None) -> str | None:
-    token = get_token() if given is None else given.strip()
-    if token is None:
-        return None
-    if not token:
-        raise AuthError("the token is empty; give one with write access, or leave it out to use `hf auth login`'s")
-    if not token.isascii() or not token.isprintable() or " " in token:
-        raise AuthError("the token holds characters that no token has; copy it again")
-    return token
-
-
-def _is_true(value: str | None) -> bool:
-    return (value or "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _bypass_proxy() -> None:
-    """A proxy, if one is configured, cannot reach this machine's own loopback."""
-    if not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
-        return
-    have = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    hosts = dict.fromkeys([*filter(None, have.split(",")), *LOOPBACK])
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """The client's own upload bars off: progress is told through the callback."""
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
+def _first_message(body: Any) -> str:
+    """The first reason of `{"errors": [{"message": …}]}`, whatever else a server may send."""
+    errors = body.get("errors") if isinstance(body, dict) else None
+    first = errors[0] if isinstance(errors, list) and errors else None
+    return str(first.get("message") if isinstance(first, dict) else "") or "no reason given"
 
 
 def _check_sizes(group: Iterable[Upload]) -> None:

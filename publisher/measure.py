@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
-from inference.backend import mx
+from inference.backend import compute_dtype, mx
 from inference.errors import CheckpointError, ResourceError
-from inference.load import Model, load
+from inference.families import names_of
+from inference.load import DTYPES, Model, load
 
 from .base import ResolvedBase
 from .bench import device, measure
 from .protocol import BENCH_VERSION, SMOKE_VERSION, bench_settings, ceiling, smoke_settings, smoke_text
 from .report import Report
-from .schema import Bench, Manifest, Smoke, Speed
-from .smoke import Reference, not_loaded, reference, reference_streamed, smoke
+from .schema import Bench, Device, Manifest, Smoke, Speed
+from .smoke import Reference, Verdict, not_loaded, reference, reference_streamed, smoke
 from .store import write_model
 from .variants import Project
 
@@ -32,6 +36,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Measured:
+    """What was measured; None: not asked for, or there was not enough memory to tell."""
+
     smoke: Smoke | None
     bench: Bench | None
 
@@ -42,51 +48,88 @@ def measure_all(
     """Run what is wanted and write each result as soon as it is there; a killed run keeps the finished ones.
 
     A variant whose smoke test fails is not benchmarked. A base that does not fit into memory costs the comparison of
-    continuations and the BF16 row, each of which says so.
+    continuations and the BF16 row, each of which says so. A variant that does not fit gets no verdict, only a benchmark
+    that says what it needs: that is nothing against its weights.
     """
     wanted = {id: w for id, w in wanted.items() if w.smoke or w.bench}
     if not wanted:
         return {}
-    now, run, text = datetime.now(UTC).isoformat(timespec="seconds"), uuid.uuid4().hex[:12], smoke_text(project)
+    run = _Run(uuid.uuid4().hex[:12], datetime.now(UTC).isoformat(timespec="seconds"), device(), _compute(base))
     ref, bf16 = _base_row(project, base, wanted, report)
     out: dict[str, Measured] = {}
     for id, want in wanted.items():
-        results = project.store.results(want.manifest.weights_hash)
-        source_hash = want.manifest.inputs.base.source_hash
         smoked = benched = None
-        model, error = _load(project, id)
-        if want.smoke:
-            limit = ceiling(project, id)
-            assert ref is not None
-            verdict = (
-                smoke(project, model, ref, limit) if model else not_loaded(error or CheckpointError("cannot be loaded"))
-            )
-            smoked = Smoke(
-                version=SMOKE_VERSION, weights_hash=want.manifest.weights_hash, base_hash=source_hash,
-                settings=smoke_settings(project), ceiling=limit, passed=verdict.passed, kld=verdict.kld,
-                kld_tokens=verdict.kld_tokens, checks=verdict.checks, samples=verdict.samples, device=device(),
-                measured_at=now,
-            )  # fmt: skip
-            write_model(results / "smoke.json", smoked)
-            failed = next((c for c in verdict.checks if c.passed is False), None)
-            told = f"KL {verdict.kld:.4f}" if verdict.kld is not None else ""
-            if failed:
-                told = f"{failed.name}: {failed.detail}"
-            report.line(f"{id}: smoke {'passed' if verdict.passed else 'FAILED'}  {told}")
-        if want.bench and (smoked is None or smoked.passed):
-            with report.bar(f"{id}: bench"):
-                speed = measure(model, project.ladder.bench, text) if model else Speed(reason=str(error))
-            benched = Bench(
-                version=BENCH_VERSION, weights_hash=want.manifest.weights_hash, base_hash=source_hash, run=run,
-                settings=bench_settings(project), protocol=project.ladder.bench, variant=speed, bf16=bf16, device=device(),
-                measured_at=now,
-            )  # fmt: skip
-            write_model(results / "bench.json", benched)
-            report.line(f"{id}: bench  {_speeds(speed, bf16)}")
-        del model
-        mx.clear_cache()
+        try:
+            if want.smoke and ref is not None:
+                smoked = _smoke(project, id, want.manifest, ref, run, report)
+            if want.bench and (smoked is None or smoked.passed):
+                with _model(project, id) as model, report.bar(f"{id}: bench") as tick:
+                    speed = measure(model, project.ladder.bench, smoke_text(project), tick)
+                benched = _bench(project, want.manifest, speed, bf16, run)
+        except CheckpointError as e:
+            if not want.smoke:
+                raise
+            smoked = _verdict(project, id, want.manifest, not_loaded(e), run)
+        except (ResourceError, MemoryError) as e:
+            report.line(f"{id}: {e}")
+            if want.bench:
+                benched = _bench(project, want.manifest, Speed(reason=_reason(e)), bf16, run)
+        _tell(id, smoked, benched, report)
         out[id] = Measured(smoked, benched)
     return out
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all results of one run share."""
+
+    id: str
+    at: str
+    device: Device
+    compute: str
+
+
+def _smoke(project: Project, id: str, manifest: Manifest, ref: Reference, run: _Run, report: Report) -> Smoke:
+    with report.bar(f"{id}: smoke"), _model(project, id) as model:
+        verdict = smoke(project, model, ref, ceiling(project, id))
+    return _verdict(project, id, manifest, verdict, run)
+
+
+def _verdict(project: Project, id: str, manifest: Manifest, verdict: Verdict, run: _Run) -> Smoke:
+    result = Smoke(
+        version=SMOKE_VERSION,
+        weights_hash=manifest.weights_hash,
+        base_hash=manifest.inputs.base.source_hash,
+        settings=smoke_settings(project),
+        ceiling=ceiling(project, id),
+        passed=verdict.passed,
+        kld=verdict.kld,
+        kld_tokens=verdict.kld_tokens,
+        checks=verdict.checks,
+        samples=verdict.samples,
+        device=run.device,
+        measured_at=run.at,
+    )
+    write_model(project.store.results(manifest.weights_hash) / "smoke.json", result)
+    return result
+
+
+def _bench(project: Project, manifest: Manifest, speed: Speed, bf16: Speed, run: _Run) -> Bench:
+    result = Bench(
+        version=BENCH_VERSION,
+        weights_hash=manifest.weights_hash,
+        base_hash=manifest.inputs.base.source_hash,
+        run=run.id,
+        compute=run.compute,
+        settings=bench_settings(project),
+        protocol=project.ladder.bench,
+        variant=speed,
+        bf16=bf16,
+        device=run.device,
+        measured_at=run.at,
+    )
+    write_model(project.store.results(manifest.weights_hash) / "bench.json", result)
+    return result
 
 
 def _base_row(
@@ -97,34 +140,58 @@ def _base_row(
     speed = Speed(reason="bench was not asked for")
     ref = None
     try:
-        model = load(base.folder)
-    except ResourceError as e:
+        with _opened(base.folder) as model:
+            if benching:
+                with report.bar("BF16: bench") as tick:
+                    speed = measure(model, project.ladder.bench, smoke_text(project), tick)
+                report.line(f"BF16: bench  {_speeds(speed, speed)}")
+            if smoking:
+                with report.bar("BF16: reference"):
+                    ref = reference(project, model)
+    except (ResourceError, MemoryError) as e:
         report.line(f"BF16: {e}")
-        if smoking:
+        speed = Speed(reason=_reason(e))
+        if smoking and ref is None:
             ref = reference_streamed(project, base.folder, _reason(e))
-        return ref, Speed(reason=_reason(e))
-    if smoking:
-        with report.bar("BF16: reference"):
-            ref = reference(project, model)
-    if benching:
-        with report.bar("BF16: bench"):
-            speed = measure(model, project.ladder.bench, smoke_text(project))
-        report.line(f"BF16: bench  {_speeds(speed, speed)}")
-    del model
-    mx.clear_cache()
     return ref, speed
 
 
-def _load(project: Project, id: str) -> tuple[Model | None, Exception | None]:
+@contextmanager
+def _opened(folder: Path) -> Iterator[Model]:
+    """A loaded model that is gone, buffers and all, when the block ends. Raises MemoryError if MLX runs out of memory."""
     try:
-        return load(project.store.variant(id)), None
-    except (CheckpointError, ResourceError) as e:
-        return None, e
+        yield load(folder)
+    except RuntimeError as e:  # what MLX raises when an allocation fails, on every backend
+        if "alloc" not in str(e).lower() and "memory" not in str(e).lower():
+            raise
+        raise MemoryError(f"out of memory while running ({str(e).splitlines()[0][:120]})") from None
+    finally:
+        gc.collect()
+        mx.clear_cache()
 
 
-def _reason(error: ResourceError) -> str:
+def _model(project: Project, id: str) -> AbstractContextManager[Model]:
+    return _opened(project.store.variant(id))
+
+
+def _compute(base: ResolvedBase) -> str:
+    """The type that a run computes in, by name."""
+    own = names_of(base.checkpoint.config).read_config(base.checkpoint.config).dtype
+    return str(compute_dtype(DTYPES[own])).removeprefix("mlx.core.")
+
+
+def _reason(error: Exception) -> str:
     """The figures without the folder's name, as they may stand on a card."""
     return str(error).split(": ", 1)[-1]
+
+
+def _tell(id: str, smoked: Smoke | None, benched: Bench | None, report: Report) -> None:
+    if smoked:
+        failed = next((c for c in smoked.checks if c.passed is False), None)
+        told = f"{failed.name}: {failed.detail}" if failed else f"KL {smoked.kld:.4f}" if smoked.kld is not None else ""
+        report.line(f"{id}: smoke {'passed' if smoked.passed else 'FAILED'}  {told}")
+    if benched:
+        report.line(f"{id}: bench  {_speeds(benched.variant, benched.bf16)}")
 
 
 def _speeds(speed: Speed, bf16: Speed) -> str:

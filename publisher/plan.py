@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from inference.checkpoint import Checkpoint, QuantSpec
+from inference.checkpoint import Checkpoint, QuantSpec, count
 from inference.errors import InputError
 from inference.families import family_of, names_of
 from inference.layout import Target
@@ -20,6 +20,8 @@ from .store import digest
 from .variants import Project
 
 CONTEXT = 8192  # tokens of context for which a plan states the memory
+INTERPRETER = 250_000_000  # Python, MLX and the tables of a large model; measured 0.15 to 0.2 GB
+BANDS = 400_000_000  # `quant.convert`: source, float32 and packed forms of the bands in flight
 OTHER_FILES = 30_000_000  # tokenizer, licence, card: an allowance, not a measurement
 
 
@@ -81,7 +83,7 @@ def plan_variant(project: Project, id: str, checkpoint: Checkpoint, targets: Seq
             kept,
             table.CLASSES,
             scalable(table.AWQ_GROUPS),
-            project.imatrix(id) is not None,
+            project.imatrix(id) is not None and recipe.awq_exponent > 0,
         )
     except RuleError as e:
         raise InputError(f"{project.at(*project.rule_keys(id, e.rule))}: {e}") from None
@@ -175,6 +177,21 @@ def assignment(plans: Sequence[TensorPlan]) -> str:
             for p in plans
         )
     )
+
+
+def build_memory(plans: Sequence[VariantPlan]) -> int:
+    """Bytes of memory that building these variants together takes at most, by the bound of `quant.convert`.
+
+    INTERPRETER, bands in flight, and the scales and biases of the largest weight in each distinct format.
+    """
+    by_target: dict[str, dict[tuple[Any, ...], int]] = {}
+    for plan in plans:
+        for p in plan.plans:
+            if p.spec is not None:
+                codes = count(p.stored()[0][2]) * 4
+                by_target.setdefault(p.target.name, {})[(p.spec, p.awq)] = p.nbytes - codes
+    buffers = max((sum(formats.values()) for formats in by_target.values()), default=0)
+    return INTERPRETER + BANDS + buffers
 
 
 def disk_needed(plans: Sequence[VariantPlan]) -> int:

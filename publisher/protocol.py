@@ -38,7 +38,7 @@ def smoke_settings(project: Project) -> str:
 
 
 def bench_settings(project: Project) -> str:
-    return digest({**project.ladder.bench.model_dump(mode="json"), "chat": CHAT})
+    return digest({**project.ladder.bench.model_dump(mode="json"), "chat": CHAT, "text": smoke_text(project)})
 
 
 def ceiling(project: Project, id: str) -> float:
@@ -52,5 +52,6 @@ def protocol_line(spec: BenchSpec) -> str:
     """The benchmark in one sentence, for cards."""
     return (
         f"Multi-turn chat, {spec.turns} turns of {spec.turn_tokens} generated tokens; decode and time to first token at "
-        f"turn {spec.turns}; prefill at {', '.join(map(str, spec.prefill))} tokens; median of {spec.runs} runs after a warm-up"
+        f"turn {spec.turns}; prefill at {', '.join(map(str, spec.prefill))} tokens; "
+        + (f"median of {spec.runs} runs after a warm-up" if spec.runs > 1 else "one run after a warm-up")
     )

@@ -66,7 +66,8 @@ def execute(hub: Hub, project: Project, plan: PushPlan, progress: Progress | Non
     tell = progress or (lambda what, done, total: None)
     hub.require_online("push")
     hub.require_token("push")
-    _refuse_foreign(plan)
+    if plan.refusal:
+        raise RemoteChanged("\n".join([plan.refusal, *(f.diff for f in plan.foreign if f.diff)]))
     account = hub.account()
     if account.role == "read":
         owner = plan.repo.split("/")[0]
@@ -99,22 +100,6 @@ def execute(hub: Hub, project: Project, plan: PushPlan, progress: Progress | Non
             plan.repo.split("/")[0], collection.title, collection.description, plan.repo, project.variant(plan.id).note
         )
     return receipt
-
-
-def _refuse_foreign(plan: PushPlan) -> None:
-    if plan.strays:
-        raise RemoteChanged(
-            f"{plan.repo}: {plan.strays[0]} on the hub is no file of {plan.id}, and loaders would read it; "
-            "delete it on the hub"
-        )
-    if plan.foreign and not (plan.target.overwrite or plan.target.create_pr):
-        first = plan.foreign[0]
-        more = f" (and {len(plan.foreign) - 1} more)" if len(plan.foreign) > 1 else ""
-        diff = "".join(f"\n{f.diff}" for f in plan.foreign if f.diff)
-        raise RemoteChanged(
-            f"{plan.repo}: {first.path}{more} {first.what}; take it over into variants.yaml or the templates and "
-            f"push with --overwrite, or propose with --create-pr{diff}"
-        )
 
 
 def _ready(hub: Hub, plan: PushPlan, tell: Progress) -> PushPlan:

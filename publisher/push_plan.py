@@ -108,6 +108,23 @@ class PushPlan:
         return self.exists and not (self.add or self.update or self.delete)
 
     @property
+    def refusal(self) -> str | None:
+        """Why `push` would not carry it out, as one line; None if it would."""
+        if self.strays:
+            return (
+                f"{self.repo}: {self.strays[0]} on the hub is no file of {self.id}, and loaders would read it; "
+                "delete it on the hub"
+            )
+        if self.foreign and not (self.target.overwrite or self.target.create_pr):
+            first = self.foreign[0]
+            more = f" (and {len(self.foreign) - 1} more)" if len(self.foreign) > 1 else ""
+            return (
+                f"{self.repo}: {first.path}{more} {first.what}; take it over into variants.yaml or the templates and "
+                "push with --overwrite, or propose with --create-pr"
+            )
+        return None
+
+    @property
     def title(self) -> str:
         """The commit's message."""
         weights = [f for f in (*self.add, *self.update) if f.path.endswith(".safetensors")]

@@ -5,11 +5,10 @@ If one repo fails, the others are finished; the failed one is named, and the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from inference.errors import GateRefused, PublishError
 
-from .base import resolve_base
 from .build import card_texts
 from .gate import gate
 from .hub import Hub
@@ -17,20 +16,38 @@ from .push import PushPlan, execute, plan_push
 from .report import Report
 from .schema import Receipt
 from .store import exclusive
+from .survey import Rung, survey
 from .variants import Project
 
 
 def prepare(
     project: Project, ids: Sequence[str], hub: Hub, *, create_pr: bool, private: bool, overwrite: bool
 ) -> list[PushPlan]:
-    """The plan of each variant. Changes nothing anywhere. Raises GateRefused with every refusal, one a line."""
+    """The plan of each variant. Changes nothing anywhere. Raises GateRefused with every refusal, one a line.
+
+    The base's weights are not downloaded for this: where they are not here, its commit stands for them.
+    """
     hub.require_online("push")
-    base = resolve_base(project, lambda: hub, weights=False)
-    cards = card_texts(project, base.folder, ids)
-    refusals = [r for id in ids for r in gate(project, id, expected_card=cards.get(id))]
+    seen = survey(project, lambda: hub, cards=False, ids=ids)
+    cards = card_texts(project, seen.base.folder, ids)
+    refusals = [
+        r for id in ids for r in gate(project, id, expected_card=cards.get(id), stale=list(_stale(seen.rungs[id])))
+    ]
     if refusals:
         raise GateRefused("\n  ".join(["not ready to leave:", *refusals]) if len(refusals) > 1 else refusals[0])
     return [plan_push(hub, project, id, private=private, create_pr=create_pr, overwrite=overwrite) for id in ids]
+
+
+def _stale(rung: Rung) -> Iterator[str]:
+    """What on disk is not of today's variants.yaml, base and imatrix. A benchmark may be old: then the card says so.
+
+    What is missing altogether is the gate's own to tell.
+    """
+    state = rung.state
+    if rung.manifest and state.weights:
+        yield f"weights are stale ({'; '.join(state.weights)}); run `publish build {rung.id}`"
+    elif rung.smoke and state.smoke:
+        yield f"the smoke test is stale ({'; '.join(state.smoke)}); run `publish smoke {rung.id}`"
 
 
 @exclusive

@@ -7,6 +7,7 @@ names: nbytes, _s, _gb (1e9 bytes), tps (tokens a second).
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -125,9 +126,17 @@ class SmokeSpec(File):
     """The smoke test."""
 
     prompts: list[str] = Field(
-        default=["The quick brown fox", "In order to install the package,", "def main():"], min_length=1, max_length=16
+        default=[
+            "The quick brown fox",
+            "In order to install the package,",
+            "def main():",
+            "The difference between the two is",
+            "First, open the file and",
+        ],
+        min_length=1,
+        max_length=16,
     )
-    max_tokens: Annotated[int, Field(ge=32, le=1024)] = 64
+    max_tokens: Annotated[int, Field(ge=32, le=1024)] = 48
     seed: int = 0
     text: str | None = Field(default=None, description="file with the fixed text for the divergence; default: bundled")
     text_tokens: Annotated[int, Field(ge=32, le=8192)] = 512
@@ -156,6 +165,9 @@ class CardSpec(File):
     tags: list[str] = Field(default_factory=list)
     license: str | None = Field(default=None, description="only where the base's own card names none")
     intro: str = Field(default="", description="a paragraph under the lead")
+    tool_url: Annotated[str, StringConstraints(pattern=r"^https://\S+$", max_length=200)] | None = Field(
+        default=None, description="where people find this tool; the cards link it"
+    )
 
 
 class Ladder(File):
@@ -187,6 +199,8 @@ class Ladder(File):
     def _pattern(cls, value: str) -> str:
         if set("{}") & set(value.replace("{base}", "").replace("{id}", "")):
             raise ValueError("expected a name in which only {base} and {id} are filled in")
+        if not re.fullmatch(r"[A-Za-z0-9_.\-]+", value.replace("{base}", "b").replace("{id}", "i")):
+            raise ValueError("expected letters, digits, '.', '_' and '-' around {base} and {id}")
         return value
 
 
@@ -235,11 +249,15 @@ class ImatrixInput(File):
 
 
 class BaseInput(File):
-    """name: Hub id, or the folder's name. commit: of the Hub repo, if it came from one."""
+    """name: Hub id, or the folder's name. commit: of the Hub repo, if it came from one.
+
+    A hash is empty where it is not known yet: before the first build, or before the base is downloaded.
+    """
 
     name: str
     commit: str | None
     source_hash: str  # sha256 over the sorted (target name, sha256 of its source bytes) of the tensors used
+    files_hash: str  # over config.json and the files that are copied: tokenizer, template, processor, licence
 
 
 class BuildInputs(File):
@@ -368,6 +386,7 @@ class Bench(File):
     weights_hash: Sha256
     base_hash: str
     run: str  # id of the run; figures of one run may be compared
+    compute: str  # type that both rows computed in: bfloat16, float32 (the CPU backend, whatever is stored)
     settings: str
     protocol: BenchSpec
     variant: Speed

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .plan import CONTEXT, VariantPlan, disk_needed
+from .card_format import size
+from .plan import CONTEXT, VariantPlan, build_memory, disk_needed
 from .schema import Bench, Check, Receipt, Smoke
 from .store import read_result
 from .survey import Rung, Survey, read_manifest
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
     from .build import Outcome
     from .push import PushPlan, RemoteState
 
-BUILD_MEMORY_GB = 4.0  # quant.convert's stated bound with the interpreter, whatever the model
 GIB = 1 << 30
+NAMES = 12  # of files, before a line says how many more
+SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
@@ -42,14 +45,6 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def size(nbytes: int) -> str:
-    """Bytes in the unit a person would take."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes} B"
-
-
 # ---------------------------------------------------------------------------------------------- plan
 
 
@@ -60,7 +55,7 @@ def plan_json(seen: Survey) -> dict[str, Any]:
         "base": {"name": seen.base.name, "commit": seen.base.commit, "downloaded": seen.base.weights},
         "variants": [_plan_row(r) for r in seen.rungs.values()],
         "total_nbytes": sum(p.nbytes for p in plans),
-        "build": {"disk_nbytes": disk_needed(stale), "peak_memory_gb": BUILD_MEMORY_GB},
+        "build": {"disk_nbytes": disk_needed(stale), "peak_memory_gb": round(build_memory(stale) / 1e9, 2)},
         "context_tokens": CONTEXT,
     }
 
@@ -126,7 +121,7 @@ def plan_text(seen: Survey) -> str:
         right=(2, 3, 4, 5, 6),
     )
     stale = [r.plan for r in rungs if r.state.weights]
-    need = disk_needed(stale)
+    need, memory = disk_needed(stale), build_memory(stale)
     return "\n".join(
         (
             f"{seen.base.name}{commit}: {rungs[0].plan.text_params / 1e9:.3f} billion parameters in the language model",
@@ -137,7 +132,7 @@ def plan_text(seen: Survey) -> str:
             "",
             "GB is 1e9 bytes, GiB is 2^30 bytes, vision tower included. Bits a weight: of the language model alone, and of all",
             "that is stored. To run: language model and caches, before workspace.",
-            f"To build {len(stale)} of {len(rungs)}: {need / 1e9:.2f} GB of disk, at most {BUILD_MEMORY_GB:g} GB of memory."
+            f"To build {len(stale)} of {len(rungs)}: {need / 1e9:.2f} GB of disk, at most {memory / 1e9:.1f} GB of memory."
             if stale
             else "Weights of all variants are current.",
         )
@@ -391,6 +386,10 @@ def push_json(plans: Sequence[PushPlan]) -> dict[str, Any]:
                 "update": [f.path for f in p.update],
                 "delete": list(p.delete),
                 "unchanged": [f.path for f in p.unchanged],
+                "kept": list(p.kept),
+                "foreign": [{"path": f.path, "what": f.what, "diff": f.diff} for f in p.foreign],
+                "strays": list(p.strays),
+                "refused": p.refusal,
                 "bytes_to_send": p.bytes_to_send,
             }
             for p in plans
@@ -399,22 +398,59 @@ def push_json(plans: Sequence[PushPlan]) -> dict[str, Any]:
 
 
 def push_text(plans: Sequence[PushPlan], endpoint: str) -> str:
+    """A table, then of each variant by name what would change, and what others changed on the hub."""
     rows = []
     for p in plans:
         if p.up_to_date:
             what = "up to date"
         else:
             parts = (("add", len(p.add)), ("update", len(p.update)), ("delete", len(p.delete)))
-            what = ", ".join(f"{word} {n}" for word, n in parts if n) + f"; keep {len(p.unchanged)}"
+            what = ", ".join(f"{word} {n}" for word, n in parts if n) + f"; {len(p.unchanged)} unchanged"
         rows.append((p.id, p.repo, "" if p.exists else "new", what, size(p.bytes_to_send) if not p.up_to_date else ""))
     total = sum(p.bytes_to_send for p in plans)
     return "\n".join(
         [
             f"to {endpoint}",
             table(("variant", "repo", "", "change", "to send"), rows, right=(4,)),
+            *(line for p in plans for line in _push_lines(p)),
             f"at most {size(total)} to send",
         ]
     )
+
+
+def _push_lines(p: PushPlan) -> Iterable[str]:
+    named = {
+        "add": [f.path for f in p.add],
+        "update": [f.path for f in p.update],
+        "delete": p.delete,
+        "not from here, kept": p.kept,
+        "weights not from here": p.strays,
+    }
+    for what, paths in named.items():
+        if paths:
+            yield f"{p.id}: {what}: {_names(paths)}"
+    for f in p.foreign:
+        yield _visible(f"{p.id}: {f.path} {f.what}" + ("; would be replaced" if p.target.overwrite else ""))
+        yield from (f"    {_visible(line)}" for line in f.diff.splitlines())
+    if p.refusal:
+        yield _visible(f"{p.id}: would be refused: {p.refusal}")
+
+
+def _names(paths: Sequence[str]) -> str:
+    """File names in words: shards as one, and no more than NAMES others."""
+    shards = [path for path in paths if SHARD_NAME.search(path)]
+    others = [path for path in paths if len(shards) < 2 or path not in shards]
+    told = [_visible(path) for path in others[:NAMES]]
+    if len(shards) > 1:
+        told.append(f"{len(shards)} shards ({_visible(shards[0])} …)")
+    if others[NAMES:]:
+        told.append(f"{len(others) - NAMES} more")
+    return ", ".join(told)
+
+
+def _visible(text: str) -> str:
+    """What somebody wrote on the hub, without the power to steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in text)
 
 
 def receipts_json(receipts: Sequence[Receipt]) -> dict[str, Any]:

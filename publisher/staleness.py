@@ -33,15 +33,14 @@ def weights_reasons(manifest: Manifest | None, now: BuildInputs | None) -> list[
         return ["imatrix: not downloaded yet"]
     old = manifest.inputs
     reasons = []
-    if old.base != now.base:
-        reasons += _base_reasons(old, now)
+    reasons += _base_reasons(old, now)
     if old.assignment != now.assignment:
         reasons += rule_reasons(old, now) or ["recipe: other formats for the same rules"]
     for key in ("awq_exponent", "mtp", "vision", "solver", "quant_version"):
         before, after = getattr(old, key), getattr(now, key)
         if before != after:
             reasons.append(f"{key}: {_show(before)} → {_show(after)}")
-    if old.imatrix != now.imatrix:
+    if (old.imatrix and old.imatrix.sha256) != (now.imatrix and now.imatrix.sha256):
         reasons.append(f"imatrix: {_imatrix(old)} → {_imatrix(now)}")
     return reasons
 
@@ -107,11 +106,19 @@ def _by_pattern(rules: list[RuleInput]) -> dict[tuple[str, str | None], RuleInpu
 
 
 def _base_reasons(old: BuildInputs, now: BuildInputs) -> list[str]:
-    if old.base.name != now.base.name:
-        return [f"base: {old.base.name} → {now.base.name}"]
-    if old.base.commit != now.base.commit:
-        return [f"base commit: {_short(old.base.commit)} → {_short(now.base.commit)}"]
-    return [f"base weights: {old.base.source_hash[:8]} → {now.base.source_hash[:8]}"]
+    """Content decides where it is known on both sides, else the commit; what a base is called does not."""
+    before, after = old.base, now.base
+    reasons = []
+    if before.source_hash and after.source_hash:
+        if before.source_hash != after.source_hash:
+            reasons.append(f"base weights: {before.source_hash[:8]} → {after.source_hash[:8]}")
+    elif before.commit != after.commit:
+        reasons.append(f"base commit: {_short(before.commit)} → {_short(after.commit)}")
+    elif after.commit is None:
+        reasons.append("base: its files changed size or time since they were last hashed")
+    if before.files_hash and after.files_hash and before.files_hash != after.files_hash:
+        reasons.append(f"base config, tokenizer or licence: {before.files_hash[:8]} → {after.files_hash[:8]}")
+    return reasons
 
 
 def _imatrix(inputs: BuildInputs) -> str:

@@ -51,13 +51,16 @@ def starter(
         lines = f"  path: {json.dumps(_relative(path, folder))}"
     elif re.fullmatch(r"[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+", base) and not base.startswith("."):
         name = base.split("/")[1]
-        lines = f"  repo: {base}\n  revision: {json.dumps(revision)}   # resolved to a commit in variants.lock by the first build"
+        lines = (
+            f"  repo: {json.dumps(base)}\n"
+            f"  revision: {json.dumps(revision)}   # resolved to a commit in variants.lock by the first build"
+        )
     else:
         raise InputError(f"{base}: no such folder, and not a Hub id (owner/name)")
     return TEMPLATE.format(
         name=name,
         base=lines,
-        owner=f"\n# Hub user or organization that the repos belong to.\nowner: {owner}\n"
+        owner=f"\n# Hub user or organization that the repos belong to.\nowner: {json.dumps(owner)}\n"
         if owner
         else "\n# Hub user or organization that the repos belong to; `publish push` needs it.\n# owner: \n",
         imatrix=_imatrix(imatrix, folder),
@@ -78,7 +81,7 @@ def _imatrix(given: str | None, folder: Path) -> str:
     found = re.fullmatch(r"([A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+)/(.+)", given)
     if not found or given.startswith((".", "/", "~")):
         raise InputError(f"{given}: no such file, and not OWNER/REPO/FILE on the Hub")
-    return f"{IMATRIX}imatrix:\n  repo: {found[1]}\n  file: {json.dumps(found[2])}\n"
+    return f"{IMATRIX}imatrix:\n  repo: {json.dumps(found[1])}\n  file: {json.dumps(found[2])}\n"
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -90,10 +93,10 @@ def _relative(path: Path, folder: Path) -> str:
 def json_schema() -> str:
     """JSON Schema (draft 2020-12) of variants.yaml, from the same model that checks it."""
     schema = Ladder.model_json_schema(mode="validation")
-    properties = schema["properties"]
-    for key in ("base", "imatrix"):  # a bare string is accepted for both: a Hub id or a path
-        spec = properties[key]
+    # a bare string is accepted where a source is: a Hub id or a path
+    for model, key in ((schema, "base"), (schema, "imatrix"), (schema["$defs"]["VariantSpec"], "imatrix")):
+        spec = model["properties"][key]
         kinds = spec.pop("anyOf", None) or [{"$ref": spec.pop("$ref")}]
-        properties[key] = {"anyOf": [{"type": "string"}, *kinds], **spec}
+        model["properties"][key] = {"anyOf": [{"type": "string"}, *kinds], **spec}
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "variants.yaml"}
     return json.dumps(schema, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,6 +1,7 @@
 """A look at the whole ladder: the plan of every variant, what lies on disk, and what of it is not current.
 
-Reads headers, results and hashes; writes nothing; needs no MLX. `status`, `plan`, `build`, `card` and `push` start here.
+Reads headers, results and hashes; needs no MLX; writes only what it found out (variants.lock, base.json). `status`,
+`plan`, `build`, `card` and `push` start here.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inference.errors import InputError
+from inference.checkpoint import read_checkpoint
+from inference.errors import CheckpointError, InputError
 from inference.layout import Target
 from quant.source import source_hash_of
 from quant.version import QUANT_VERSION, SOLVER
 
-from .base import ResolvedBase, known_imatrix, known_source_hash, remember_source_hash, resolve_base
+from .base import ResolvedBase, files_hash, known_imatrix, known_source_hash, remember_source_hash, resolve_base
 from .plan import VariantPlan, build_inputs, plan_variant, select_targets
 from .protocol import BENCH_VERSION, SMOKE_VERSION, bench_settings, ceiling, smoke_settings
 from .schema import BaseInput, Bench, BuildInputs, ImatrixInput, Manifest, Smoke
@@ -24,7 +26,7 @@ from .store import read_model, read_result
 from .variants import Project
 
 if TYPE_CHECKING:
-    from .hub import Hub
+    from .hub import Hub, Progress
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,28 @@ def survey(
     weights: bool = False,
     cards: bool = True,
     ids: Sequence[str] | None = None,
+    read: bool = True,
+    progress: Progress | None = None,
 ) -> Survey:
     """weights: download the base if need be. cards: also compare every built variant's card with what would be rendered.
-    ids: look at these variants only."""
-    base = resolve_base(project, hub, weights)
-    rungs = {id: _rung(project, base, id) for id in ids or project.ladder.variants}
+    ids: look at these variants only. read: hash the weights of a base whose files changed; else only say that they did."""
+    base = resolve_base(project, hub, weights, progress)
+    rungs = {id: _rung(project, base, id, read) for id in ids or project.ladder.variants}
     if cards:
         rungs = {id: _with_card(rung, reasons) for rung, reasons in _cards(project, base, rungs) for id in [rung.id]}
     return Survey(project, base, rungs)
 
 
-def _rung(project: Project, base: ResolvedBase, id: str) -> Rung:
+def _rung(project: Project, base: ResolvedBase, id: str, read: bool) -> Rung:
     plan = plan_variant(project, id, base.checkpoint, base.targets)
     manifest = read_manifest(project, id)
     source = project.imatrix(id)
     imatrix: ImatrixInput | None = known_imatrix(project, source) if source else None
     inputs = None
     if imatrix or not (source and any(p.awq for p in plan.plans)):
-        inputs = build_inputs(project, plan, base_input(project, base, id, manifest), imatrix, SOLVER, QUANT_VERSION)
+        inputs = build_inputs(
+            project, plan, base_input(project, base, id, manifest, read), imatrix, SOLVER, QUANT_VERSION
+        )
     smoke = bench = None
     if manifest:
         results = project.store.results(manifest.weights_hash)
@@ -78,6 +84,8 @@ def _rung(project: Project, base: ResolvedBase, id: str) -> Rung:
         smoke = smoke if smoke and smoke.weights_hash == manifest.weights_hash else None
         bench = bench if bench and bench.weights_hash == manifest.weights_hash else None
     weights = weights_reasons(manifest, inputs)
+    if manifest and not weights:
+        weights = damage(project.store.variant(id), manifest)
     base_hash = manifest.inputs.base.source_hash if manifest else ""
     state = State(
         id,
@@ -92,6 +100,22 @@ def _rung(project: Project, base: ResolvedBase, id: str) -> Rung:
         failed=failure(smoke),
     )
     return Rung(id, plan, inputs, manifest, smoke, bench, state)
+
+
+def damage(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with a built folder at a glance: files and sizes, headers, index, config. `verify` reads every byte."""
+    for entry in manifest.files:
+        try:
+            found = (folder / entry.path).stat().st_size
+        except OSError:
+            return [f"its folder is damaged: {entry.path} is missing"]
+        if found != entry.size:
+            return [f"its folder is damaged: {entry.path} has {found} bytes, not {entry.size}"]
+    try:
+        read_checkpoint(folder)
+    except CheckpointError as e:
+        return [f"its folder is damaged: {e}"]
+    return []
 
 
 def failure(smoke: Smoke | None) -> str | None:
@@ -110,18 +134,22 @@ def read_manifest(project: Project, id: str) -> Manifest | None:
     return manifest
 
 
-def base_input(project: Project, base: ResolvedBase, id: str, manifest: Manifest | None) -> BaseInput:
-    """Identity of the base as this variant uses it. The source is read only if there is something to compare with and
-    its files are not those whose hash is known."""
+def base_input(
+    project: Project, base: ResolvedBase, id: str, manifest: Manifest | None, read: bool = True
+) -> BaseInput:
+    """Identity of the base as this variant uses it. Its weights are read only if there is something to compare with and
+    its files are not those whose hash is remembered; never with `read` False."""
     targets: list[Target] = select_targets(project, id, base.targets)
     known = known_source_hash(project, base, targets)
     if known is None and manifest is not None:
         if base.commit and base.commit == manifest.inputs.base.commit:
             known = manifest.inputs.base.source_hash  # a commit fixes the bytes
-        elif base.weights:
+        elif base.weights and read:
             known = source_hash_of(targets)
             remember_source_hash(project, base, targets, known)
-    return BaseInput(name=base.name, commit=base.commit, source_hash=known or "")
+    return BaseInput(
+        name=base.name, commit=base.commit, source_hash=known or "", files_hash=files_hash(base) if base.weights else ""
+    )
 
 
 def _cards(project: Project, base: ResolvedBase, rungs: dict[str, Rung]) -> list[tuple[Rung, list[str]]]:
@@ -135,7 +163,9 @@ def _cards(project: Project, base: ResolvedBase, rungs: dict[str, Rung]) -> list
         if rung.manifest:
             path = project.store.variant(id) / "README.md"
             text = path.read_text(encoding="utf-8") if path.is_file() else None
-            if text is None:
+            if facts.variant(id).error:
+                reasons = ["weights are stale"]
+            elif text is None:
                 reasons = ["not rendered"]
             elif text != render(facts, id, templates):
                 reasons = ["differs from what would be rendered"]

@@ -41,7 +41,10 @@ def sampling_of(folder: Path, given: dict[str, Any]) -> Sampling:
         if config.get("do_sample"):
             own = {k: config[k] for k in GENERATION_KEYS if isinstance(config.get(k), int | float)}
     values = {**own, **{k: v for k, v in given.items() if v is not None and k in (*GENERATION_KEYS, "seed")}}
-    return Sampling(**values)
+    try:
+        return Sampling(**values)
+    except InputError as e:
+        raise InputError(f"{folder.name}/generation_config.json or an option: {e}") from None
 
 
 def talk(
@@ -67,7 +70,8 @@ def talk(
     cache = model.make_cache()
     while True:
         try:
-            question = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " if sys.stdin.isatty() else "")
+            question = line.encode(errors="surrogateescape").decode(errors="replace").strip()
         except EOFError:
             return turns
         if question == "/new":

@@ -1,7 +1,8 @@
 """A variant's folder against its manifest and against itself, without MLX: every byte, every shape, every entry.
 
-Each shard is read once; the hash of the file and of each tensor come from the same pass, and are kept for the rest of
-the process as long as the file's size, times and inode stay (push asks for them again).
+Headers are read twice, by `inference.checkpoint` and by the safetensors library. Each shard is read once; the hash of
+the file and of each tensor come from the same pass, and are kept for the rest of the process as long as the file's
+size, times and inode stay (push asks for them again).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from inference.checkpoint import (
     CheckpointError,
@@ -91,6 +94,7 @@ def verify_folder(folder: Path, manifest: Manifest) -> list[Check]:
         _files(folder, manifest, shards),
         _no_others(folder, manifest),
         _check("shards", headers_fault, f"{len(shards)} safetensors files parse"),
+        _check("second reader", _second_reader(shards), "the safetensors library finds the same tensors"),
         _index(folder),
     ]
     config: dict[str, Any] = {}
@@ -133,6 +137,21 @@ def _headers(folder: Path, manifest: Manifest) -> tuple[dict[Path, list[TensorIn
             except CheckpointError as e:
                 fault = fault or str(e)
     return found, fault
+
+
+def _second_reader(shards: dict[Path, list[TensorInfo]]) -> str:
+    """The first shard that the format's own library does not read as `read_header` does. Maps files, reads no weights."""
+    for path, tensors in shards.items():
+        ours = {t.name: (t.dtype, t.shape) for t in tensors}
+        try:
+            with safe_open(path, framework="np") as f:
+                theirs = {n: (s.get_dtype(), tuple(s.get_shape())) for n in f.keys() for s in [f.get_slice(n)]}  # noqa: SIM118
+        except (SafetensorError, OSError) as e:
+            return f"{path.name}: the safetensors library refuses it: {str(e).splitlines()[0][:200]}"
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                return f"{path.name}: {name} is {_shown(ours.get(name))}, for the safetensors library {_shown(theirs.get(name))}"
+    return ""
 
 
 def _files(folder: Path, manifest: Manifest, shards: dict[Path, list[TensorInfo]]) -> Check:

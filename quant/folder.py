@@ -57,6 +57,16 @@ def _entry(spec: QuantSpec) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file survives a loss of power, before the rename that gives its folder the final name."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def index_json(tensors: Sequence[tuple[Stored, str]], params: int) -> dict[str, Any]:
@@ -88,8 +98,8 @@ def side_files(base: Path) -> list[Path]:
     In a snapshot of the Hugging Face cache every file is a link into `blobs`, which is allowed.
     """
     roots = [base.resolve()]
-    if base.absolute().parent.name == "snapshots":
-        roots.append((base.absolute().parent.parent / "blobs").resolve())
+    if base.absolute().parent.name == "snapshots":  # models--X/snapshots/COMMIT: blobs of the repo, and of the whole cache
+        roots += [(parent / "blobs").resolve() for parent in base.absolute().parents[1:3]]
     found: list[Path] = []
     for pattern in SIDE_FILES:
         for path in sorted(base.glob(pattern)):
@@ -106,13 +116,14 @@ def side_files(base: Path) -> list[Path]:
 def copy_side_files(paths: Iterable[Path], folder: Path) -> None:
     for path in paths:
         shutil.copyfile(path, folder / path.name)
+        sync(folder / path.name)
 
 
 def hash_files(folder: Path, known: Iterable[tuple[str, int, str]]) -> list[tuple[str, int, str]]:
     """(name, bytes, sha256) of every file in the folder, sorted; those in `known` are not read again."""
     have = {name: (size, sha) for name, size, sha in known}
     out = []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
         if path.name in have:
             out.append((path.name, *have[path.name]))
         else:

@@ -17,6 +17,7 @@ from inference.errors import CheckpointError, InputError
 from inference.layout import Target
 
 BASE = re.compile(r"N(?:\+([0-9]))?")  # a rule's bits as an expression of the variant's base bits
+MAX_ALTERNATIVES = 256  # of one pattern
 DENSE = "bf16"  # a rule's bits: keep the tensor in the model's own type
 # "use_more_bits" of llama.cpp (src/llama-quant.cpp), as mlx-lm's mixed_* recipes apply it to layer i of n
 LAYER_SETS = {"use_more_bits": lambda i, n: i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2}
@@ -131,29 +132,31 @@ def resolve(
     classes: the family's table. scalable: globs of the modules whose input channels AWQ can scale; with_awq: an imatrix
     is named. Vision and MTP tensors stay in the model's type unless a rule whose pattern starts with `vision_tower.` or
     `mtp.` names them. Raises InputError for a pattern that matches nothing (unless optional), for a tensor that no rule
-    names, and for a format that the tensor's shape cannot take or that MLX does not have.
+    names, and for a format that the tensor's shape cannot take or that MLX does not have. A rule whose tensors all go to
+    earlier rules is no error: that is how a recipe is overridden.
     """
     layers = 1 + max((i for t in targets if t.part == "text" and (i := layer_of(t.name)) is not None), default=-1)
-    hits = dict.fromkeys(range(len(recipe.rules)), 0)
+    used: set[int] = set()
     plans: list[TensorPlan] = []
     for target in targets:
         cls = _class_of(target, classes)
         if cls.dense and target.part == "text":
             plans.append(TensorPlan(target, None, False, "", "", cls.label))
             continue
-        index = _first_rule(recipe, target, layers)
-        if index is None:
+        matching = _matching(recipe, target, layers)
+        used.update(matching)
+        if not matching:
             if target.part == "text":
                 raise RuleError(f"recipe {recipe.name}: no rule names {target.module}; add one, or a final `*`")
             plans.append(TensorPlan(target, None, False, "", "", cls.label))
             continue
+        index = matching[0]
         rule = recipe.rules[index]
-        hits[index] += 1
         spec = _spec(recipe, index, base_bits, group_size, target)
         awq = bool(spec) and rule.awq and with_awq and any(matches(g, target.module) for g in scalable)
         plans.append(TensorPlan(target, spec, awq, rule.why, rule.match, cls.label))
     for index, rule in enumerate(recipe.rules):
-        if not hits[index] and not rule.optional:
+        if index not in used and not rule.optional:
             raise RuleError(f"recipe {recipe.name}: pattern {rule.match!r} matches no tensor of this model", index)
     return plans
 
@@ -169,6 +172,12 @@ def _compile(pattern: str) -> tuple[re.Pattern[str], ...]:
 
 
 def _braces(pattern: str) -> list[str]:
+    """The patterns that a brace pattern stands for. Raises InputError beyond MAX_ALTERNATIVES."""
+    choices = 1
+    for group in re.findall(r"\{([^{}]*)\}", pattern):
+        choices *= group.count(",") + 1
+        if choices > MAX_ALTERNATIVES:
+            raise InputError(f"rule {pattern[:60]}…: stands for more than {MAX_ALTERNATIVES} patterns")
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
@@ -190,7 +199,9 @@ def _class_of(target: Target, classes: Sequence[TensorClass]) -> TensorClass:
     raise InputError(f"{target.name}: belongs to no tensor class of this family")
 
 
-def _first_rule(recipe: Recipe, target: Target, layers: int) -> int | None:
+def _matching(recipe: Recipe, target: Target, layers: int) -> list[int]:
+    """Rules that name this tensor, in order; the first decides."""
+    found = []
     for index, rule in enumerate(recipe.rules):
         if target.part == "vision" and not rule.match.startswith("vision_tower."):
             continue
@@ -205,8 +216,8 @@ def _first_rule(recipe: Recipe, target: Target, layers: int) -> int | None:
             if not chosen:
                 continue
         if matches(rule.match, target.module):
-            return index
-    return None
+            found.append(index)
+    return found
 
 
 def _spec(recipe: Recipe, index: int, base_bits: int, group_size: int, target: Target) -> QuantSpec | None:

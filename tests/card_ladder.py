@@ -145,7 +145,12 @@ def build(project: Project, id: str, base_folder: Path, imatrix: ImatrixInput | 
     (folder / "chat_template.jinja").write_text("{% if enable_thinking %}{% endif %}")
     (folder / "LICENSE").write_text("Apache License")
     tensors = [(s.name, s.dtype, s.shape, sha256(f"{s.name} {s.dtype}".encode()).hexdigest()) for s, _ in stored]
-    source = BaseInput(name=project.base_name, commit="0123456789" * 4, source_hash=sha256(b"source").hexdigest())
+    source = BaseInput(
+        name=project.base_name,
+        commit="0123456789" * 4,
+        source_hash=sha256(b"source").hexdigest(),
+        files_hash=sha256(b"files").hexdigest(),
+    )
     files = [p for p in sorted(folder.iterdir()) if p.suffix != ".json" or p.name != "manifest.json"]
     manifest = Manifest(
         tool="mlx-publish 0.1.0",
@@ -187,8 +192,8 @@ def speed(decode: float) -> Speed:
 def bench(manifest: Manifest, decode: float, bf16: Speed | float = 20.8, device: Device = M3, **change: Any) -> Bench:
     return Bench(
         version=1, weights_hash=manifest.weights_hash, base_hash="b", run="r1", settings="s", protocol=BenchSpec(),
-        variant=speed(decode), bf16=bf16 if isinstance(bf16, Speed) else speed(bf16), device=device,
-        measured_at="2026-11-21T10:00:00+00:00",
+        compute="float32" if device.backend == "cpu" else "bfloat16", variant=speed(decode), 
+        bf16=bf16 if isinstance(bf16, Speed) else speed(bf16), device=device, measured_at="2026-11-21T10:00:00+00:00",
     ).model_copy(update=change)  # fmt: skip
 
 

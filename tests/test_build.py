@@ -17,6 +17,7 @@ import engine_checkpoints
 import pytest
 from conftest import EXAMPLE, PUBLISH, environment, own_base, write_ladder
 
+from inference.errors import ResourceError
 from publisher.variants import load_project
 
 IDS = ["Q2_K_XL", "Q3_K_XL", "Q4_K_XL", "Q5_K_XL", "Q6_K_XL", "Q8_K_XL"]
@@ -191,7 +192,7 @@ def test_a_stray_shard_of_an_earlier_build_does_not_survive_a_rebuild(ladder, pu
     publish("build", "Q4_K_XL", "--skip", "bench", "--skip", "smoke", cwd=ladder).ok()
     assert [p.name for p in folder.glob("*.safetensors")] == ["model.safetensors"]
     publish("verify", "Q4_K_XL", cwd=ladder).ok()
-    assert {p.name for p in (ladder / "build").iterdir()} <= {*IDS, "results", "staging", "base.json"}
+    assert {p.name for p in (ladder / "build").iterdir()} <= {*IDS, "results", "staging", "base.json", ".lock"}
     assert not list((ladder / "build").glob("staging/*"))
 
 
@@ -251,7 +252,9 @@ def test_a_skipped_benchmark_is_named_on_the_card(ladder, publish):
 def test_unbuilt_siblings_are_neither_built_nor_listed_as_built(tmp_path, publish, quick_yaml):
     write_ladder(tmp_path, quick_yaml)
     publish("build", "Q2_K_XL", "--skip", "bench", "--skip", "smoke", cwd=tmp_path).ok()
-    assert {p.name for p in (tmp_path / "build").iterdir()} - {"results", "base.json", "staging"} == {"Q2_K_XL"}
+    assert {p.name for p in (tmp_path / "build").iterdir()} - {"results", "base.json", "staging", ".lock"} == {
+        "Q2_K_XL"
+    }
     rows = {r["id"]: r for r in json.loads(publish("status", "--json", cwd=tmp_path).ok().out)["variants"]}
     assert [id for id, r in rows.items() if r["built"]] == ["Q2_K_XL"]
     assert set(rows["Q2_K_XL"]["stale"]["smoke"]) == {"not run on these weights"}
@@ -387,7 +390,7 @@ def timeless(folder: Path) -> dict[str, object]:
 def assert_same_as_undisturbed(folder: Path, built: Path) -> None:
     """What was built in `folder`, all of the ladder or less, is what `built` holds, and nothing else lies there."""
     ids = {p.parent.name for p in folder.glob("build/*/manifest.json")}
-    places = {*ids, "base.json", *(f"results/{manifest(built, id)['weights_hash']}" for id in ids)}
+    places = {*ids, ".lock", "base.json", *(f"results/{manifest(built, id)['weights_hash']}" for id in ids)}
     got = timeless(folder)
     want = {n: v for n, v in timeless(built).items() if any(n == p or n.startswith(f"{p}/") for p in places)}
     assert got.keys() == want.keys()
@@ -486,3 +489,161 @@ def test_a_second_build_in_the_same_folder_waits_for_nobody_and_says_so(ladder: 
     with load_project(ladder / "variants.yaml").store.lock():
         line = publish("build", "--all", cwd=ladder).refused(2)
     assert "another publish is at work there" in line
+
+
+# ------------------------------------------------------------------------------------------------ what counts as a change
+
+
+def test_a_changed_tokenizer_or_config_of_the_base_makes_everything_stale(ladder, publish):
+    model = own_base(ladder)
+    publish("status", cwd=ladder).ok()
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+    found = stale(publish, ladder)
+    assert all("base config, tokenizer or licence" in found[id]["weights"][0] for id in IDS)
+    publish("build", "Q2_K_XL", "--skip", "smoke", "--skip", "bench", cwd=ladder).ok()
+    assert (ladder / "build/Q2_K_XL/chat_template.jinja").read_bytes() == template.read_bytes()
+
+
+def test_another_name_for_the_same_base_or_imatrix_rebuilds_nothing(ladder, publish):
+    (ladder / "renamed.gguf").write_bytes((EXAMPLE / "imatrix-tiny.gguf").read_bytes())
+    text = (ladder / "variants.yaml").read_text()
+    text = re.sub(r"imatrix: .*", "imatrix: ./renamed.gguf", text, count=1)
+    text = re.sub(r"name: Qwen3.5-tiny", "name: Another-name", text, count=1)
+    (ladder / "variants.yaml").write_text(text)
+    assert all("weights" not in why for why in stale(publish, ladder).values())
+
+
+def test_plan_reads_no_weights_of_a_base_whose_files_were_touched(ladder, publish, monkeypatch):
+    (shard,) = own_base(ladder).glob("*.safetensors")
+    shard.touch()
+
+    def refuse(targets):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("publisher.survey.source_hash_of", refuse)
+    rows = json.loads(publish("plan", "--json", cwd=ladder).ok().out)["variants"]
+    assert all("changed size or time" in r["stale"]["weights"][0] for r in rows)
+    monkeypatch.undo()
+    assert stale(publish, ladder) == CURRENT  # the copy holds the same bytes
+
+
+def test_an_awq_exponent_of_zero_scales_nothing(ladder, publish):
+    edit(ladder, Q4, "  Q4_K_XL: {bits: 4, awq_exponent: 0}")
+    publish("build", "Q4_K_XL", "--skip", "smoke", "--skip", "bench", cwd=ladder).ok()
+    inputs = manifest(ladder, "Q4_K_XL")["inputs"]
+    assert inputs["awq_exponent"] is None
+    assert inputs["imatrix"] is None
+    assert "+ AWQ" not in (ladder / "build/Q4_K_XL/README.md").read_text()
+
+
+def test_a_damaged_folder_is_named_and_rebuilt_and_does_not_stop_its_siblings(ladder, publish):
+    shard = ladder / "build/Q2_K_XL/model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    found = stale(publish, ladder)
+    assert "its folder is damaged" in found["Q2_K_XL"]["weights"][0]
+    publish("build", "Q4_K_XL", cwd=ladder).ok()
+    publish("build", "--all", cwd=ladder).ok()
+    publish("verify", "Q2_K_XL", cwd=ladder).ok()
+    assert stale(publish, ladder) == CURRENT
+
+
+def test_pictures_of_the_publishers_own_survive_a_rebuild(ladder, publish):
+    picture = ladder / "build/Q4_K_XL/images/curve.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"not really a picture")
+    edit(ladder, Q4, "  Q4_K_XL: {bits: 4, group_size: 32}")
+    publish("build", "Q4_K_XL", "--skip", "smoke", "--skip", "bench", cwd=ladder).ok()
+    assert picture.read_bytes() == b"not really a picture"
+    publish("verify", "Q4_K_XL", cwd=ladder).ok()
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def test_a_variant_that_does_not_fit_is_reported_and_not_condemned(ladder, publish, monkeypatch):
+    from inference import load as engine
+
+    real = engine.load
+    reason = "the weights need 99.0 GB, usable are 16.0 GB"
+
+    def load(folder):
+        if Path(folder).name == "Q4_K_XL":
+            raise ResourceError(f"Q4_K_XL: {reason}")
+        return real(folder)
+
+    monkeypatch.setattr("publisher.measure.load", load)
+    result(ladder, "Q4_K_XL", "smoke").unlink()
+    result(ladder, "Q4_K_XL", "bench").unlink()
+    publish("build", "--all", cwd=ladder).ok()
+    assert not result(ladder, "Q4_K_XL", "smoke").exists()
+    assert json.loads(result(ladder, "Q4_K_XL", "bench").read_text())["variant"]["reason"] == reason
+    assert reason in (ladder / "build/Q4_K_XL/README.md").read_text()
+    assert stale(publish, ladder)["Q4_K_XL"]["smoke"] == ["not run on these weights"]
+
+
+def test_running_out_of_memory_in_a_benchmark_is_reported(ladder, publish, monkeypatch):
+    def measure(*args):
+        raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
+
+    monkeypatch.setattr("publisher.measure.measure", measure)
+    publish("bench", "Q4_K_XL", cwd=ladder).ok()
+    bench = json.loads(result(ladder, "Q4_K_XL", "bench").read_text())
+    assert "out of memory" in bench["variant"]["reason"]
+    assert "out of memory" in bench["bf16"]["reason"]
+
+
+def test_a_chat_beyond_the_context_names_the_keys_to_lower(ladder, publish):
+    text = (ladder / "variants.yaml").read_text()
+    (ladder / "variants.yaml").write_text(re.sub(r"turn_tokens: \d+", "turn_tokens: 4090", text))
+    line = publish("bench", "Q4_K_XL", cwd=ladder).refused(2)
+    assert "bench.turns or bench.turn_tokens" in line
+
+
+# ------------------------------------------------------------------------------------------------ what a build may replace
+
+
+def test_a_folder_that_no_build_made_is_never_replaced(ladder, publish):
+    own_base(ladder)
+    thesis = ladder / "docs/thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    text = (ladder / "variants.yaml").read_text()
+    (ladder / "variants.yaml").write_text(
+        re.sub(r"variants:.*", "output: .\nvariants:\n  docs: {bits: 4}\n  model: {bits: 4}\n", text, flags=re.S)
+    )
+    before = {p: p.read_bytes() for p in (ladder / "model").iterdir()}
+    for id in ("docs", "model"):
+        publish("build", id, cwd=ladder).refused(2)
+    assert thesis.read_text() == "years of work"
+    assert {p: p.read_bytes() for p in (ladder / "model").iterdir()} == before
+
+
+def test_a_file_of_somebody_elses_in_a_variants_folder_stops_a_rebuild(ladder, publish):
+    (ladder / "build/Q4_K_XL/notes.txt").write_text("mine")
+    edit(ladder, Q4, "  Q4_K_XL: {bits: 4, group_size: 32}")
+    line = publish("build", "Q4_K_XL", cwd=ladder).refused(2)
+    assert "notes.txt" in line
+    assert (ladder / "build/Q4_K_XL/notes.txt").read_text() == "mine"
+
+
+def test_nothing_is_built_into_the_base_models_folder(ladder, publish):
+    own_base(ladder)
+    text = (ladder / "variants.yaml").read_text()
+    (ladder / "variants.yaml").write_text(text + "output: ./model/out\n")
+    assert "lies in the base model's folder" in publish("build", "Q4_K_XL", cwd=ladder).refused(2)
+    assert not (ladder / "model/out/Q4_K_XL").exists()
+
+
+@pytest.mark.parametrize("harm", ["missing", "shorter"])
+def test_a_file_that_is_missing_or_shorter_is_noticed_and_built_again(harm, ladder, publish):
+    licence = ladder / "build/Q3_K_XL/LICENSE"
+    whole = licence.read_bytes()
+    if harm == "missing":
+        licence.unlink()
+    else:
+        licence.write_bytes(whole[:-1])
+    assert "its folder is damaged: LICENSE" in stale(publish, ladder)["Q3_K_XL"]["weights"][0]
+    publish("build", "Q3_K_XL", cwd=ladder).ok()
+    assert licence.read_bytes() == whole
+    assert stale(publish, ladder) == CURRENT

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 import pytest
 import yaml
 from card_ladder import CARD, DENSE, EPYC, MOE, base, bench, build, ladder, record, smoke, speed
 
 from inference.errors import InputError
-from publisher.card import Facts, check_card, gather, render, snippets
+from publisher import card_format, card_sandbox
+from publisher.card import Facts, check_card, gather, machine_paths, render, snippets
 from publisher.card_bits import layer_text
 from publisher.card_facts import HEADER
-from publisher.schema import BenchSpec, Ladder, Manifest, Speed
+from publisher.card_view import view
+from publisher.schema import BenchSpec, File, Ladder, Manifest, Speed
 from publisher.store import write_model, write_text
 from publisher.variants import Project
 
@@ -214,6 +219,138 @@ def test_an_infinite_figure_is_not_printed(project: Project, measured: dict[str,
     assert check_card(text) == []
 
 
+@pytest.mark.parametrize("prefill", [2048, 4096])
+def test_a_prompt_beyond_the_context_says_so(
+    project: Project, measured: dict[str, Manifest], dense: Path, prefill: int
+) -> None:
+    m = measured["Q4_K_XL"]
+    path = project.store.variant("Q4_K_XL") / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["max_position_embeddings"] = 2048
+    path.write_text(json.dumps(config))
+    short = speed(46).model_copy(update={"prefill_tps": {128: speed(46).prefill_tps[128]}})
+    record(project, bench(m, 46, short, variant=short, protocol=BenchSpec(prefill=[128, prefill])))
+    text = render(gather(project, dense), "Q4_K_XL", None)
+    why = (
+        "not measured: " + ("as long as" if prefill == 2048 else "longer than") + " the model's context of 2048 tokens"
+    )
+    assert row(text, f"Prefill, {prefill} tokens")[1:] == [why, why]
+
+
+def test_turns_of_one_token_time_no_decoding(project: Project, measured: dict[str, Manifest], dense: Path) -> None:
+    none = speed(46).model_copy(update={"decode_tps": None})
+    record(project, bench(measured["Q4_K_XL"], 46, none, variant=none, protocol=BenchSpec(turn_tokens=1)))
+    text = render(gather(project, dense), "Q4_K_XL", None)
+    assert row(text, "Decode, turn 4")[2] == "not measured: a turn of one token leaves nothing to time"
+
+
+def test_float32_on_the_cpu_is_said(project: Project, measured: dict[str, Manifest], dense: Path) -> None:
+    on_mac = render(gather(project, dense), "Q4_K_XL", None)
+    assert "engine, computed in bfloat16. " in on_mac
+    assert "float32" not in on_mac
+    for id, m in measured.items():
+        record(project, bench(m, 46 if id == "Q4_K_XL" else 60, device=EPYC))
+    text = render(gather(project, dense), "Q4_K_XL", None)
+    assert "| Speed-up vs BF16 as float32 |" in text
+    assert "| | Original (BF16 as float32) | This Model |" in text
+    assert "engine, computed in float32. " in text
+    assert "BF16 means its weights expanded to float32, too: speed-up and memory compare with that." in text
+
+
+def test_rows_computed_in_another_type_have_another_mark(
+    project: Project, measured: dict[str, Manifest], dense: Path
+) -> None:
+    record(project, bench(measured["Q2_K_XL"], 60, compute="float32"))
+    text = render(gather(project, dense), "Q4_K_XL", None)
+    assert "| Speed-up vs BF16 |" in text
+    assert row(text, "[Brooooooklyn/Qwen3.5-9B-UD-Q2_K_XL-mlx]")[4].endswith("<sup>a</sup>")
+    assert row(text, "**[Brooooooklyn/Qwen3.5-9B-UD-Q4_K_XL-mlx]")[4].endswith("<sup>b</sup>")
+
+
+def test_the_tool_is_linked_where_an_address_is_given(
+    tmp_path: Path, project: Project, measured: dict[str, Manifest], dense: Path
+) -> None:
+    plain = render(gather(project, dense), "Q4_K_XL", None)
+    assert "Made with mlx-publish 0.1.0 for" in plain
+    assert "With mlx-publish, the tool that made it (it must be installed first):" in plain
+    given = ladder(tmp_path, THREE + "card: {tool_url: 'https://example.org/a(b)|c'}\n")
+    text = render(gather(given, dense), "Q4_K_XL", None)
+    link = "[mlx-publish](https://example.org/a%28b%29%7Cc)"
+    assert f"Made with {link} 0.1.0 for" in text
+    assert f"With {link}, the tool that made it (install it from there, see its README):" in text
+    assert row(text, "Made with")[1].startswith(f"{link} 0.1.0, mlx")
+    assert check_card(text) == []
+
+
+def test_peak_memory_is_explained(project: Project, measured: dict[str, Manifest], dense: Path) -> None:
+    text = render(gather(project, dense), "Q4_K_XL", None)
+    assert "Peak memory is the most that MLX held at once during this benchmark: weights, caches and workspace." in text
+
+
+def truncate(folder: Path) -> None:
+    path = next(folder.glob("*.safetensors"))
+    os.truncate(path, 100)
+
+
+def without_shard(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).unlink()
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def list_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def odd_quantization(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization": ["x"]}))
+
+
+def no_family(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": None}))
+
+
+def binary_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(b"\xff\xfe")
+
+
+def manifest_of_another(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"id": "Q4_K_XL"', '"id": "Q8_K_XL"'))
+
+
+def manifest_is_a_folder(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, without_shard, broken_config, list_config, odd_quantization, no_family, binary_manifest,
+     manifest_of_another, manifest_is_a_folder],
+)  # fmt: skip
+def test_a_damaged_variant_does_not_stop_its_siblings(
+    project: Project, measured: dict[str, Manifest], dense: Path, damage: Any
+) -> None:
+    damage(project.store.variant("Q4_K_XL"))
+    facts = gather(project, dense)
+    assert list(facts.errors) == ["Q4_K_XL"]
+    assert facts.variant("Q4_K_XL").error == facts.errors["Q4_K_XL"]
+    assert "\n" not in facts.errors["Q4_K_XL"]
+    with pytest.raises(InputError):
+        render(facts, "Q4_K_XL", None)
+    text = render(facts, "Q2_K_XL", None)
+    damaged = "this variant's folder is damaged"
+    assert row(text, "Brooooooklyn/Qwen3.5-9B-UD-Q4_K_XL-mlx")[2:] == [damaged, damaged] + 3 * [
+        f"not measured: {damaged}"
+    ]
+    assert check_card(text) == []
+
+
 def test_a_folder_that_is_not_its_manifest_gets_no_card(
     project: Project, measured: dict[str, Manifest], dense: Path
 ) -> None:
@@ -224,7 +361,7 @@ def test_a_folder_that_is_not_its_manifest_gets_no_card(
     with pytest.raises(InputError, match="belong to no tensor"):
         render(facts, "Q4_K_XL", None)
     sibling = render(facts, "Q2_K_XL", None)
-    assert row(sibling, "Brooooooklyn/Qwen3.5-9B-UD-Q4_K_XL-mlx")[2] == "its folder cannot be read"
+    assert row(sibling, "Brooooooklyn/Qwen3.5-9B-UD-Q4_K_XL-mlx")[2] == "this variant's folder is damaged"
 
 
 def test_bits_come_from_the_files_not_from_the_recipe(
@@ -262,8 +399,10 @@ def test_an_unbuilt_variant_has_no_card(project: Project, dense: Path) -> None:
 
 
 def test_licence_must_come_from_somewhere(tmp_path: Path, project: Project, measured: dict[str, Manifest]) -> None:
-    with pytest.raises(InputError, match="no licence found"):
-        render(gather(project, None), "Q4_K_XL", None)
+    bare = render(gather(project, None), "Q4_K_XL", None)
+    assert "license" not in header(bare)
+    assert "names no licence" in bare
+    assert any("set card.license" in fault for fault in check_card(bare))  # so the gate lets it go nowhere
     given = ladder(tmp_path, THREE + "card: {license: mit}\n")
     text = render(gather(given, None), "Q4_K_XL", None)
     assert header(text)["license"] == "mit"
@@ -383,6 +522,175 @@ def test_a_template_fault_is_one_line(tmp_path: Path, facts: Facts, line: str, m
     assert "\n" not in str(e.value)
 
 
+# what a template of a stranger might try; none may come through, and none may run on
+REACHES = (
+    "facts.card.parse_raw('x', proto='pickle', allow_pickle=True)",
+    "facts.card.parse_file('/etc/passwd')",
+    "facts.card.model_dump()",
+    "facts.card.model_copy(update={'intro': 'x'})",
+    "facts.card.model_fields",
+    "facts.card.__class__",
+    "facts.card['model_dump']()",
+    "facts.card | attr('model_dump')",
+    "([facts.card] | map(attribute='model_dump') | first)()",
+    "(([facts] | map(attribute='card.model_construct')) | first)()",
+    "'{0.model_dump}'.format(facts.card)",
+    "'{0.__class__}'.format(facts)",
+    "'{x.model_dump}'.format_map({'x': facts.card})",
+    "'{0[card].model_dump}'.format(facts)",
+    "card.contents.manifest.model_dump_json()",
+    "facts.variant('Q4_K_XL')",
+    "card.variant.__dataclass_fields__",
+    "card.contents.family",
+    "dict.fromkeys('ab')",
+    "range.__init__",
+    "cycler.__init__.__globals__",
+    "card.front_matter.update({})",
+    "card.front_matter.pop('license')",
+    "'a'.encode()",
+    "'a'.translate({})",
+    "self._TemplateReference__context",
+    "self.__init__",
+    "loop",
+    "lipsum",
+    "'x' | pprint",
+    "[1, 2] | random",
+    "card",
+    "facts.variants",
+    "facts.variants | map(attribute='id')",
+    "'' ~ facts.card",
+    "'{}'.format(facts.card)",
+)
+
+
+@pytest.mark.parametrize("expression", REACHES)
+def test_a_template_reaches_data_only(tmp_path: Path, facts: Facts, expression: str) -> None:
+    with pytest.raises(InputError) as e:
+        render(facts, "Q4_K_XL", own(tmp_path, f"---\nlicense: mit\n{{{{ {expression} }}}}\n"))
+    assert "card.md.j2:3: " in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_facts_hold_data_only(facts: Facts) -> None:
+    """What the sandbox is handed: models, dataclasses of ours and plain values; no module, path or function."""
+    seen, todo = set(), [facts, view(facts, "Q4_K_XL")]
+    while todo:
+        x = todo.pop()
+        seen.add(type(x).__name__)
+        if isinstance(x, File):
+            todo += [getattr(x, name) for name in type(x).model_fields]
+        elif is_dataclass(x):
+            assert type(x).__module__.startswith("publisher.")
+            todo += [getattr(x, f.name) for f in fields(x)]
+        elif isinstance(x, list | tuple):
+            todo += x
+        elif isinstance(x, dict):
+            todo += [*x, *x.values()]
+        else:
+            assert type(x) in (NoneType, bool, int, float, str), x
+    assert {"Manifest", "BitRow", "Contents", "Bench"} <= seen
+
+
+def test_what_templates_may_do_works(tmp_path: Path, facts: Facts) -> None:
+    text = """---
+license: mit
+{% set ns = namespace(n=0) %}{% macro m(x) %}<{{ x }}{{ caller() if caller is defined }}>{% endmacro %}
+{% for v in facts.variants %}{% set ns.n = ns.n + v.bits %}
+{{ loop.index }}/{{ loop.length }}{{ ", " if not loop.last }}
+{%- endfor %}; {{ ns.n }}
+{{ m("a") }}{% call m("b") %}c{% endcall %} {{ "%.2f" | format(1.5) }} {{ "{:>5}|{a}".format(7, a="b") }} {{ "%s-%d" % ("x", 3) }}
+{{ facts.variants | map(attribute="id") | join(" ") }} {{ card.front_matter["tags"][:2] | join("+") }}
+{% for k, rows in card.bits | groupby("format") %}{{ k }}:{{ rows | length }} {% endfor %}.
+{{ card.contents.manifest.inputs.bits * 2 }} {{ "ab".upper() ~ 1 }} {{ "a,b".split(",") | last }}
+{{ card.front_matter.items() | first | first }}
+{% filter upper %}{% set z %}x{{ 2 ** 3 }}{% endset %}{{ z }}{% endfilter %} {{ (1, 2) == (1, 2) }} {{ "<" | e }}
+"""
+    out = render(facts, "Q4_K_XL", own(tmp_path, text)).splitlines()
+    assert out[2:9] == [
+        "1/3, 2/3, 3/3; 14",
+        "<a><bc> 1.50     7|b x-3",
+        "Q2_K_XL Q4_K_XL Q8_K_XL mlx+mlx-publish",
+        out[5],
+        "8 AB1 b",
+        "license",
+        "X8 True &lt;",
+    ]
+    assert "4-bit:1 " in out[5]
+
+
+ENDLESS = (
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% for a in range(9999) %}{% for b in range(9999) if b < 0 %}{% endfor %}{% endfor %}",
+    "{% for a in [1] * 1000 %}{% for b in 'x' * 9999 %}{% for c in 'x' * 9999 %}x{% endfor %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for a in [[]] recursive %}{% if loop.depth < 90 %}{{ loop([1]) }}{{ loop([1]) }}{% endif %}{% endfor %}",
+    "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | string }}",
+    "{% set ns = namespace(x=9) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x, 'x' * 9999] %}{% endfor %}",
+    "{% set x = 'x' * 999999 %}{% for i in range(99999) %}{{ x[1:] }}{% endfor %}",
+    "{% set x = range(99999) | list %}{% for i in range(9999) %}{% if -1 in x %}{% endif %}{% endfor %}",
+    "{% set x = range(99999) | list %}{{ x | select('in', x) | list | length }}{{ x | map('in', x) | list }}",
+    "{% for i in range(99999) %}" + "0123456789" * 99 + "{% endfor %}",
+    "{% for i in range(99999) %}{{ [-10 ** 9] | map('§cost') | list | length }}{% endfor %}",
+    "{{ 'x' * 10 ** 10 }}", "{{ [0] * 10 ** 10 }}", "{{ 10 ** (10 ** 10) }}", "{{ 10 ** 10 * 'x' }}",
+    "{{ 'x'.center(10 ** 10) }}", "{{ 'x' | center(10 ** 10) }}", "{{ 'x'.zfill(10 ** 10) }}",
+    "{{ 1 | round(10 ** 9, 'floor') }}",
+    "{{ '%9999999999d' % 1 }}", "{{ '%9999999999d' | format(1) }}", "{{ '%*d' % (10 ** 9, 1) }}",
+    "{{ '{:9999999999}'.format(1) }}", "{{ '{:{w}}'.format(1, w=10 ** 9) }}", "{{ ('{0}' * 99999).format('x' * 9999) }}",
+    "{{ ('x' * 9999).replace('', 'x' * 9999) }}", "{{ ('x' * 9999) | replace('x', 'x' * 9999) }}",
+    "{{ ('x' * 9999).join('x' * 9999) }}", "{{ ('x' * 9999) | join('x' * 9999) }}",
+    "{{ ('x\n' * 9999) | indent(10 ** 6) }}", "{{ ('x ' * 9999) | wordwrap(1, wrapstring='x' * 9999) }}",
+    "{{ [1] | batch(10 ** 9, 1) | list | length }}", "{{ [1] | slice(10 ** 9) | list | length }}",
+    "{{ [[1]] | sum(start=[]) }}",
+    "{% include 'card.md.j2' %}{% include 'card.md.j2' %}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ENDLESS)
+def test_a_template_that_runs_on_is_cut(tmp_path: Path, facts: Facts, text: str) -> None:
+    mine = own(tmp_path, f"---\nlicense: mit\n{text}\n")
+    found = set()
+    for _ in range(2):
+        with pytest.raises(InputError) as e:
+            render(facts, "Q4_K_XL", mine)
+        found.add(str(e.value))
+    (message,) = found  # the same each time: counted, not timed
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+def test_a_huge_card_and_a_huge_template_are_refused(
+    tmp_path: Path, facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="card would be larger than 2 MiB"):
+        render(facts, "Q4_K_XL", own(tmp_path, "{% for i in range(3000) %}" + "x" * 1000 + "{% endfor %}"))
+    monkeypatch.setattr(card_sandbox, "TEMPLATE_BYTES", 100)
+    with pytest.raises(InputError, match="is larger than"):
+        render(facts, "Q4_K_XL", own(tmp_path, "x" * 101))
+
+
+def test_blocks_nested_too_deep_are_one_line(tmp_path: Path, facts: Facts) -> None:
+    with pytest.raises(InputError):
+        render(facts, "Q4_K_XL", own(tmp_path, "{% for i in [1] %}" * 30 + "{% endfor %}" * 30))
+    with pytest.raises(InputError):
+        render(facts, "Q4_K_XL", own(tmp_path, "{{ " + "(" * 9999 + ")" * 9999 + " }}"))
+    with pytest.raises(InputError):
+        render(facts, "Q4_K_XL", own(tmp_path, "{{ facts | yaml }}"))
+
+
+def test_sizes_have_one_spelling() -> None:
+    sizes = [12, 547_000, 13_600_000, 7_170_000_000]
+    assert [card_format.size(n) for n in sizes] == ["12 bytes", "547 kB", "13.6 MB", "7.17 GB"]
+
+
+def test_a_cell_of_backslashes_takes_no_time() -> None:
+    assert card_format.cell("\\" * 200_000 + "x") == "\\" * 200_000 + "x"
+    assert card_format.cell(r"a\|b") == r"a\\\|b"
+
+
 def test_a_templates_folder_without_an_entry_is_refused(tmp_path: Path, facts: Facts) -> None:
     with pytest.raises(InputError, match=r"mine: no card\.md\.j2"):
         render(facts, "Q4_K_XL", own(tmp_path, "x", "other.j2"))
@@ -420,7 +728,7 @@ variants: {{Q4: {{bits: 4}}}}
     "line",
     [
         "| Decode | TBD |", "| Size | N/A |", "| KLD | nan |", "NaN tok/s", "| x | None |", "value: None",
-        "{{ card.size }}", "{% if %}", "left }} over", "undefined", "see /home/me/x", "`/work/main`", "(/tmp/a)", 
+        "{{ card.size }}", "{% if %}", "left }} over", "undefined", "see /home/me/x", "`/srv/models`", "(/tmp/a)",
         "/Users/me", "C:\\models\\x", "file:///x", "hf_AbCdEfGhIjKlMnOpQrStUv", "```",
     ],
 )  # fmt: skip
@@ -446,6 +754,23 @@ def test_check_lets_pass(line: str) -> None:
 @pytest.mark.parametrize("text", ["# T\n", "---\nlicense: [\n---\n", "---\ntags: [a]\n---\n", "---\n- a\n---\n"])
 def test_check_wants_front_matter(text: str) -> None:
     assert len(check_card(text)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("in /home/me/models/x.", ["/home/me/models/x"]),
+        ('{"path": "/workspace/m", "b": ["/data/q/w.gguf"]}', ["/workspace/m", "/data/q/w.gguf"]),
+        ("load(/Volumes/T7/m), then /var/folders/zz", ["/Volumes/T7/m", "/var/folders/zz"]),
+        ("box:/mnt/m and --out=/private/tmp/x", ["/mnt/m", "/private/tmp/x"]),
+        ("file:///opt/m C:/models/x d:\\m\\x", ["file:///opt/m", "C:/models/x", "d:\\m\\x"]),
+        (json.dumps({"p": "C:\\Users\\me"}), ["C:\\\\Users\\\\me"]),
+        ("https://a.org/home/x, s3://b/tmp/y, q/k/v, ./tmp/x, ~/data/x, /tmp, /home, #!/usr/bin/env, /v1/chat", []),
+        ("http://127.0.0.1:8080/data/x and 4/root/x", []),
+    ],
+)
+def test_paths_of_a_machine(text: str, paths: list[str]) -> None:
+    assert machine_paths(text) == paths
 
 
 def test_layers_as_text() -> None:

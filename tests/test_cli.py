@@ -395,7 +395,7 @@ def test_a_base_on_the_hub_is_planned_from_headers_downloaded_once_locked_and_th
     assert statistics["file"] == "imatrix-tiny.gguf"
     manifest = json.loads((from_hub / "build/Q4_K_XL/manifest.json").read_text())
     assert manifest["inputs"]["base"] == {"name": BASE, "commit": commit} | {
-        "source_hash": manifest["inputs"]["base"]["source_hash"]
+        key: manifest["inputs"]["base"][key] for key in ("source_hash", "files_hash")
     }
     assert f"base_model: {BASE}" in (from_hub / "build/Q4_K_XL/README.md").read_text()
 

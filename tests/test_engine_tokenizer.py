@@ -108,6 +108,18 @@ def test_templates_have_what_transformers_gives_them(folder):
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{% for i in range(999999999) %}{% endfor %}", "OverflowError"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "OverflowError"),
+        ("{{ 'a' * 10**10 }}", "OverflowError"),
+        ("{{ 'a'.center(10**11) }}", "OverflowError"),
+        ("{{ '%0999999999d' % 1 }}", "OverflowError"),
+        ("{{ '%0999999999d' | format(1) }}", "OverflowError"),
+        ("{{ '{:0999999999d}'.format(1) }}", "OverflowError"),
+        (
+            "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            "OverflowError",
+        ),
+        ("{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "OverflowError"),
+        ("{{ 9 ** (9 ** 9) }}", "OverflowError"),
     ],
 )
 def test_failing_templates_are_one_line(folder, template, text):

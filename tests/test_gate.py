@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from variant_folder import CARD, LADDER, make_project, make_variant, seal, write_smoke
+from variant_folder import CARD, LADDER, make_project, make_variant, seal, write_config, write_smoke
 
 from publisher.gate import gate
 from publisher.schema import Manifest
@@ -93,6 +95,12 @@ def test_a_failed_smoke_test_is_refused(project):
     only(gate(project, "Q4"), "the smoke test failed: divergence: 0.02 nats")
 
 
+def test_what_the_caller_knows_to_be_stale_is_refused_where_something_is_built(project):
+    stale = ["weights are stale (bits: 4 → 3); run `publish build Q4`"]
+    only(gate(project, "Q4", stale=stale), "Q4: weights are stale (bits: 4 → 3)", "publish build Q4")
+    only(gate(project, "Q8", stale=stale), "Q8: not built")
+
+
 def test_new_weights_need_a_new_smoke_test(project):
     make_variant(project, seed=1, smoke=False)
     only(gate(project, "Q4"), "no smoke test of these weights")
@@ -105,6 +113,19 @@ def test_a_missing_card_is_refused(project, folder):
 
 def test_a_stale_card_is_refused(project):
     only(gate(project, "Q4", expected_card="other"), "README.md is not what it would be now", "publish card Q4")
+
+
+def test_a_path_of_a_machine_in_the_config_is_refused(project, folder):
+    config = json.loads((folder / "config.json").read_text())
+    write_config(folder, {**config, "source": "/home/somebody/models/tiny", "url": "https://example.org/home/x"})
+    seal(project, "Q4")
+    only(gate(project, "Q4"), "Q4: config.json: path of a machine '/home/somebody/models/tiny'", "publish build Q4")
+
+
+def test_a_path_of_a_machine_in_the_manifest_is_refused(project, folder):
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"name": "Tiny-1B"', '"name": "/Users/somebody/Tiny-1B"'))
+    only(gate(project, "Q4"), "Q4: manifest.json: path of a machine '/Users/somebody/Tiny-1B'")
 
 
 @pytest.mark.parametrize("text", ["TBD", "{{ size"])

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 import time
 import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from variant_folder import CARD, MODULES, make_project, make_variant, quantization, tensors
@@ -20,8 +27,10 @@ from inference.errors import (
     InputError,
     PublishError,
     RemoteChanged,
+    ResourceError,
 )
-from publisher.hub import Hub, cached_snapshot, download_base, download_file, remote_headers
+from publisher import fetch
+from publisher.hub import Hub, cached_snapshot, check_disk, download_base, download_file, download_size, remote_headers
 from publisher.localhub import Fault, LocalHub
 from publisher.push import execute, plan_push, remote_state, verify_remote
 from publisher.schema import Receipt
@@ -676,6 +685,66 @@ def test_the_remote_is_verified_by_hash(server, project):
     }
 
 
+# -- answers and bugs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nonsense():
+    """The address of a server that answers every request with an empty JSON object."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("ask", [lambda hub: hub.head(REPO), lambda hub: hub.account(), lambda hub: hub.tags(REPO)])
+def test_an_answer_that_is_none_of_a_hub_is_one_line(nonsense, ask):
+    with pytest.raises(HubUnavailable, match="gave an answer that is none of a hub"):
+        ask(Hub(nonsense, WRITE, patience_s=0.05, pause_s=0.01))
+
+
+@pytest.mark.parametrize("kind", [KeyError, TypeError, AttributeError, AssertionError, ValueError, RuntimeError])
+def test_a_bug_of_ours_is_no_answer_of_the_hub_and_keeps_its_traceback(server, kind, monkeypatch):
+    tries = []
+
+    def buggy(*args):
+        tries.append(args)
+        raise kind("ours")
+
+    hub = connect(server)
+    monkeypatch.setitem(buggy.__globals__, "__name__", "publisher.hub")  # a closure of that file
+    with pytest.raises(kind, match="ours"):
+        hub._call("asking", buggy)
+    with pytest.raises(kind, match="ours"):
+        hub._call("asking", lambda: (hub._api.whoami(), buggy()))
+    assert len(tries) == 2
+
+
+def test_a_call_of_the_client_with_a_wrong_argument_is_a_bug(server):
+    hub = connect(server)
+    with pytest.raises(TypeError, match="no_such_argument"):
+        hub._call("asking", hub._api.model_info, REPO, no_such_argument=1)
+
+
+@pytest.mark.parametrize("body", [b"[]", b'{"errors": "x"}', b'{"errors": [1]}'])
+def test_a_refused_card_without_a_reason_is_one_line(server, body, monkeypatch):
+    answer = httpx2.Response(400, content=body, request=httpx2.Request("POST", server.url))
+    monkeypatch.setattr("publisher.hub.get_session", lambda: SimpleNamespace(post=lambda *a, **k: answer))
+    with pytest.raises(InputError, match="refuses its metadata: no reason given"):
+        connect(server).check_card("---\n---\n")
+
+
 # -- downloads ------------------------------------------------------------------------------------------------
 
 
@@ -714,6 +783,93 @@ def test_a_damaged_download_is_found_and_does_not_stay(server, base):
         download_base(hub, REPO, commit)
     assert cached_snapshot(REPO, commit) is None
     assert download_base(hub, REPO, commit) == cached_snapshot(REPO, commit)
+
+
+def test_a_download_that_was_killed_before_its_check_is_checked_by_the_next_run(server, base, monkeypatch):
+    hub, commit, _ = base
+    server.faults.add(Fault("blob", "corrupt"))
+    with monkeypatch.context() as patch:
+        patch.setattr("publisher.fetch.check_snapshot", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            download_base(hub, REPO, commit)
+    assert cached_snapshot(REPO, commit) is None
+    assert download_base(hub, REPO, commit) == cached_snapshot(REPO, commit)
+
+
+def test_a_snapshot_is_hashed_once_and_again_only_when_a_file_was_touched(base, monkeypatch):
+    hub, commit, _ = base
+    folder = download_base(hub, REPO, commit)
+    hashed = []
+    check = fetch._check_blob
+    monkeypatch.setattr("publisher.fetch._check_blob", lambda path: (hashed.append(path.name), check(path)))
+    assert cached_snapshot(REPO, commit) == folder
+    assert hashed == []
+    blob = (folder / "model-00001-of-00002.safetensors").resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    assert cached_snapshot(REPO, commit) is None
+    assert hashed
+    assert not blob.exists()
+
+
+def test_a_blob_in_the_store_that_repos_share_is_hashed_too(base):
+    hub, commit, _ = base
+    folder = download_base(hub, REPO, commit)
+    blob = (folder / "model-00001-of-00002.safetensors").resolve()
+    shared = hub.cache / "blobs" / "ab" / ("ab" * 32)
+    shared.parent.mkdir(parents=True)
+    shared.write_bytes(blob.read_bytes())
+    blob.unlink()
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    assert cached_snapshot(REPO, commit) == folder
+    shared.write_bytes(b"\0" * shared.stat().st_size)
+    assert cached_snapshot(REPO, commit) is None
+    assert not shared.exists()
+
+
+def test_a_download_draws_no_bars_of_the_client_and_tells_our_progress(base, monkeypatch, capfd):
+    hub, commit, _ = base
+    # as if HF_HUB_DISABLE_PROGRESS_BARS were not set, which it is for all tests
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr("publisher.fetch.LARGE_BYTES", 2000)
+    told = []
+    download_base(hub, REPO, commit, lambda what, done, total: told.append((what, done, total)))
+    assert capfd.readouterr().err == ""
+    size = sum(
+        f.size for path, f in hub.tree(REPO, commit).items() if path in FILES - {".gitattributes", "manifest.json"}
+    )
+    assert [(w, t) for w, _, t in told] == [
+        ("downloading LICENSE and 4 more", size),
+        ("downloading model-00001-of-00002.safetensors and 1 more", size),
+        ("checking what arrived", size),
+    ]
+    assert [d for _, d, _ in told] == sorted(d for _, d, _ in told)
+
+
+def test_a_download_that_does_not_fit_the_disk_does_not_start(server, base, monkeypatch):
+    hub, commit, _ = base
+    need = download_size(hub, REPO, commit)
+    assert need == sum(
+        f.size for p, f in hub.tree(REPO, commit).items() if p in FILES - {".gitattributes", "manifest.json"}
+    )
+    free = SimpleNamespace(free=need - 1)
+    monkeypatch.setattr("publisher.fetch.shutil.disk_usage", lambda path: free)
+    server.stats.reset()
+    with pytest.raises(ResourceError, match=r"disk: 0\.00 GB needed at .*, 0\.00 GB free"):
+        download_base(hub, REPO, commit)
+    assert server.stats.requests["blob"] == 0
+    free.free = need
+    download_base(hub, REPO, commit)
+    assert download_size(hub, REPO, commit) == 0
+
+
+def test_what_a_build_needs_is_added_up_by_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("publisher.fetch.shutil.disk_usage", lambda path: SimpleNamespace(free=int(5e9)))
+    check_disk({tmp_path / "cache": int(3e9), tmp_path / "out" / "staging": int(2e9)})
+    with pytest.raises(ResourceError, match=r"disk: 6\.00 GB needed at .*, 5\.00 GB free"):
+        check_disk({tmp_path / "cache": int(3e9), tmp_path / "out" / "staging": int(3e9)})
 
 
 def test_a_file_that_is_not_there_is_one_line(base):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -251,9 +252,12 @@ def test_the_first_rule_that_matches_decides():
     assert bits_of(plans(Recipe("r", (wide, narrow)), 2)["language_model.lm_head"]) == 4
 
 
-def test_a_rule_that_another_hides_is_named():
-    with pytest.raises(InputError, match=r"lm_head.*matches no tensor"):
-        plans(Recipe("r", (Rule("*", 4), Rule("*.lm_head", 8))), 2)
+def test_a_rule_whose_tensors_all_go_to_earlier_rules_is_overridden_and_no_error():
+    got = plans(replace(BUILTIN["unsloth"], rules=(Rule("*.embed_tokens", 8), *BUILTIN["unsloth"].rules)), 2)
+    assert bits_of(got["language_model.model.embed_tokens"]) == 8
+    assert bits_of(got["language_model.lm_head"]) == 5
+    with pytest.raises(InputError, match=r"no_such.*matches no tensor"):
+        plans(Recipe("r", (Rule("*", 4), Rule("*.no_such", 8))), 2)
 
 
 def test_a_rule_for_some_layers_leaves_the_others_to_the_next_rule():

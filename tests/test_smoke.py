@@ -10,7 +10,7 @@ import pytest
 
 from inference.checkpoint import read_header
 from publisher.localhub import LocalHub
-from publisher.smoke import repetition
+from publisher.smoke import repetition, repetition_bound
 
 TOKEN = "hf_smoke"
 NAN, TEN_BITS = 0x7FC0, 10 << 7  # bfloat16: a quiet NaN; ten added to the exponent is a factor of 1024
@@ -128,3 +128,10 @@ def test_a_damaged_file_is_refused_by_the_gate_whatever_the_smoke_test_said(ladd
 )
 def test_repetition_is_the_share_of_4_grams_seen_before(ids, share):
     assert repetition(ids) == pytest.approx(share)
+
+
+def test_the_bound_on_repetition_follows_the_bases_own_spread():
+    steady, wild = repetition_bound([0.02, 0.03, 0.02, 0.03, 0.02]), repetition_bound([0.0, 0.6, 0.1, 0.5, 0.0])
+    assert 0.02 < steady < 0.15
+    assert steady < wild <= 0.9
+    assert repetition_bound([0.95, 0.95, 0.95]) == pytest.approx(0.95)  # a base that loops sets no better example

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,6 +175,27 @@ def test_a_packed_weight_without_scales_is_found(project):
     assert failures(rewrite(project, change)) == {
         "module formats": "model.odd.weight is packed (U32), but has no scales"
     }
+
+
+def test_a_shard_that_only_our_reader_takes_is_found(project, folder):
+    data = shard(folder).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].decode().replace('{"format": "mlx"}', '{"format": "mlx", "by": "\\ud800"}').encode()
+    header += b" " * (-len(header) % 8)
+    shard(folder).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    seal(project, "Q4")
+    found = failures(folder)
+    assert set(found) == {"second reader"}
+    assert f"{shard(folder).name}: the safetensors library refuses it: " in found["second reader"]
+
+
+def test_a_tensor_that_the_two_readers_see_differently_is_found(folder, monkeypatch):
+    def reads_otherwise(path):
+        found, metadata = read_header(path)
+        return [replace(t, dtype="I32") if t.dtype == "U32" else t for t in found], metadata
+
+    monkeypatch.setattr(verify, "read_header", reads_otherwise)
+    assert "is I32 [16, 32], for the safetensors library U32 [16, 32]" in failures(folder)["second reader"]
 
 
 def test_two_blocks_that_differ_are_found(project):

@@ -143,7 +143,7 @@ def seal(project: Project, id: str, rows: list[tuple[str, str, list[int], str]] 
         if p.is_file() and p.name not in ("README.md", "manifest.json")
     ]
     inputs = {
-        "base": {"name": "Tiny-1B", "commit": None, "source_hash": SHA}, "recipe": "unsloth", "bits": 4,
+        "base": {"name": "Tiny-1B", "commit": None, "source_hash": SHA, "files_hash": ""}, "recipe": "unsloth", "bits": 4,
         "group_size": 64, "rules": [], "assignment": SHA, "awq_exponent": None, "imatrix": None, "mtp": "drop",
         "vision": "drop", "solver": "mlx", "quant_version": 1,
     }  # fmt: skip

@@ -6,6 +6,7 @@ stranger's loader expects). Norms that the original stores as w and uses as 1 + 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ PLUS_ONE = re.compile(
     r"|^mtp\.norm|^mtp\.pre_fc_norm_embedding|^mtp\.pre_fc_norm_hidden)\.weight$"
 )
 SKIPPED = ("vision_tower.", "mtp.")  # tensors of a checkpoint in MLX layout that the text model does not read
+MAX_LAYERS = 10_000  # far above any model; bounds what a hostile config can make us build
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -66,6 +68,10 @@ def read_config(config: dict[str, Any]) -> Config:
         return value
 
     layers = number("num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"config.json: text_config.num_hidden_layers: found {layers}, expected at most {MAX_LAYERS}"
+        )
     interval = number("full_attention_interval", 4)
     kinds = text.get("layer_types") or [
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
@@ -77,10 +83,19 @@ def read_config(config: dict[str, Any]) -> Config:
     # mlx-lm derives the kind of a layer from the interval alone: a ladder that it would misread is refused here
     if any((kind == "full_attention") != ((i + 1) % interval == 0) for i, kind in enumerate(kinds)):
         raise CheckpointError(f"config.json: layer_types do not follow full_attention_interval {interval}")
-    rope = text.get("rope_parameters") or {}
+    rope = text.get("rope_parameters", {})
+    if not isinstance(rope, dict):
+        raise CheckpointError("config.json: text_config.rope_parameters must be an object")
+    for key, only in (("hidden_act", "silu"), ("attn_output_gate", True)):
+        if text.get(key, only) != only:
+            raise CheckpointError(f"config.json: text_config.{key}: found {text[key]!r}, only {only!r} is supported")
     theta, partial = rope.get("rope_theta", 10_000_000), rope.get("partial_rotary_factor", 0.25)
     eps = text.get("rms_norm_eps", 1e-6)
-    if not all(isinstance(v, int | float) and v > 0 for v in (theta, partial, eps)) or partial > 1:
+    if (
+        not all(isinstance(v, int | float) and 0 < v < math.inf for v in (theta, partial, eps))
+        or partial > 1
+        or eps > 1
+    ):
         raise CheckpointError(
             "config.json: rope_theta, partial_rotary_factor and rms_norm_eps must be positive numbers"
         )
