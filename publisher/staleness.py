@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from .schema import Bench, BuildInputs, Manifest, RuleInput, Smoke
 
-STEPS = ("weights", "smoke", "bench", "card")
-
 
 @dataclass(frozen=True)
 class State:
@@ -71,29 +69,27 @@ def rule_reasons(old: BuildInputs, now: BuildInputs) -> list[str]:
 
 
 def smoke_reasons(smoke: Smoke | None, version: int, settings: str, base_hash: str, ceiling: float) -> list[str]:
-    if smoke is None:
-        return ["not run on these weights"]
-    reasons = []
-    if smoke.version != version:
-        reasons.append(f"smoke test: version {smoke.version} → {version}")
-    if smoke.settings != settings:
-        reasons.append("smoke: prompts, text or seed changed")
-    if smoke.base_hash != base_hash:
-        reasons.append("base: changed")
-    if smoke.ceiling != ceiling:
+    reasons = _result_reasons(smoke, "smoke test", version, "smoke: prompts, text or seed", settings, base_hash)
+    if smoke and smoke.ceiling != ceiling:
         reasons.append(f"smoke_kld: {smoke.ceiling:g} → {ceiling:g}")
     return reasons
 
 
 def bench_reasons(bench: Bench | None, version: int, settings: str, base_hash: str) -> list[str]:
-    if bench is None:
+    return _result_reasons(bench, "benchmark", version, "bench: protocol or text", settings, base_hash)
+
+
+def _result_reasons(
+    found: Smoke | Bench | None, name: str, version: int, what: str, settings: str, base_hash: str
+) -> list[str]:
+    if found is None:
         return ["not run on these weights"]
     reasons = []
-    if bench.version != version:
-        reasons.append(f"benchmark: version {bench.version} → {version}")
-    if bench.settings != settings:
-        reasons.append("bench: protocol changed")
-    if bench.base_hash != base_hash:
+    if found.version != version:
+        reasons.append(f"{name}: version {found.version} → {version}")
+    if found.settings != settings:
+        reasons.append(f"{what} changed")
+    if found.base_hash != base_hash:
         reasons.append("base: changed")
     return reasons
 

@@ -125,7 +125,7 @@ def test_a_benchmark_protocol_makes_only_the_benchmarks_stale(ladder, publish):
     edit(ladder, "turn_tokens: 6", "turn_tokens: 7")
     for why in stale(publish, ladder).values():
         assert set(why) <= {"bench", "card"}
-        assert why["bench"] == ["bench: protocol changed"]
+        assert why["bench"] == ["bench: protocol or text changed"]
 
 
 def test_smoke_prompts_make_the_smoke_tests_stale(ladder, publish):
