@@ -98,7 +98,9 @@ def side_files(base: Path) -> list[Path]:
     In a snapshot of the Hugging Face cache every file is a link into `blobs`, which is allowed.
     """
     roots = [base.resolve()]
-    if base.absolute().parent.name == "snapshots":  # models--X/snapshots/COMMIT: blobs of the repo, and of the whole cache
+    if (
+        base.absolute().parent.name == "snapshots"
+    ):  # models--X/snapshots/COMMIT: blobs of the repo, and of the whole cache
         roots += [(parent / "blobs").resolve() for parent in base.absolute().parents[1:3]]
     found: list[Path] = []
     for pattern in SIDE_FILES:
