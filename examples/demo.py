@@ -32,8 +32,8 @@ MARK = "demo.log"  # a folder that holds it is ours to replace
 QUICK = {
     "turns: 4": "turns: 2",
     "turn_tokens: 32": "turn_tokens: 8",
-    "prefill: [128, 512]": "prefill: [64]",
-    "runs: 3": "runs: 1",
+    "prefill: [64, 256]": "prefill: [64]",
+    "runs: 2": "runs: 1",
 }
 
 
