@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,15 @@ class ResolvedBase:
     weights: bool
     checkpoint: Checkpoint
     targets: tuple[Target, ...]
+
+    @cached_property
+    def files_hash(self) -> str:
+        """Identity of what a variant takes beside weights: config.json and the files that are copied. Empty while they
+        are not here. Read once, whatever the number of variants."""
+        if not self.weights:
+            return ""
+        config = {k: v for k, v in self.checkpoint.config.items() if k != "_name_or_path"}
+        return digest({"config": config, "files": [[p.name, sha256_file(p)] for p in side_files(self.folder)]})
 
 
 def resolve_base(
@@ -126,12 +136,6 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Size and time of the weight files: as long as they stay, remembered content hashes hold."""
     stats = {t.file: None for t in checkpoint.tensors.values()}
     return {f.name: [s.st_size, s.st_mtime_ns] for f in stats if (s := os.stat(f))}
-
-
-def files_hash(base: ResolvedBase) -> str:
-    """Identity of what a variant takes from the base beside weights: config.json and the files that are copied."""
-    config = {k: v for k, v in base.checkpoint.config.items() if k != "_name_or_path"}
-    return digest({"config": config, "files": [[p.name, sha256_file(p)] for p in side_files(base.folder)]})
 
 
 def source_key(targets: Sequence[Target]) -> str:

@@ -18,7 +18,7 @@ from inference.tokenizer import Tokenizer
 from quant.folder import finish, replaced
 
 from . import __version__
-from .base import ResolvedBase, fetch_imatrix, files_hash, fingerprint, remember_source_hash
+from .base import ResolvedBase, fetch_imatrix, fingerprint, remember_source_hash
 from .card import gather, render
 from .plan import build_inputs, disk_needed, quant_table, select_targets
 from .report import Report
@@ -213,12 +213,8 @@ def _check_places(project: Project, base: ResolvedBase, ids: Sequence[str]) -> N
 
 def _foreign(folder: Path) -> str | None:
     """A file that the folder's own manifest does not list; leftovers of a killed write do not count."""
-    try:
-        manifest = read_model(folder / "manifest.json", Manifest)
-        known = {f.path for f in manifest.files} if manifest else set()
-    except InputError:  # damaged: what a build writes is known without it
-        known = {p.name for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model")}
-        known |= {p.name for p in folder.glob("LICENSE*")} | {p.name for p in folder.glob("NOTICE*")}
+    manifest = read_model(folder / "manifest.json", Manifest)
+    known = {f.path for f in manifest.files} if manifest else set()
     known |= {"manifest.json", "README.md", "images"}
     left = (p.name for p in sorted(folder.iterdir()) if p.name not in known and not SHARD.fullmatch(p.name))
     return next((n for n in left if not (n.startswith(".") and n.endswith(PART))), None)
@@ -245,7 +241,7 @@ def _sweep(project: Project, id: str, keep: Path | None = None) -> None:
 def _inputs(
     project: Project, base: ResolvedBase, rung: Rung, imatrix: ImatrixInput | None, solver: str, version: int
 ) -> BuildInputs:
-    open_base = BaseInput(name=base.name, commit=base.commit, source_hash="", files_hash=files_hash(base))
+    open_base = BaseInput(name=base.name, commit=base.commit, source_hash="", files_hash=base.files_hash)
     return build_inputs(project, rung.plan, open_base, imatrix, solver, version)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .card_format import size
 from .plan import CONTEXT, VariantPlan, build_memory, disk_needed
 from .schema import Bench, Check, Receipt, Smoke
-from .store import read_result
+from .store import read_result, sha256_file
 from .survey import Rung, Survey, read_manifest
 from .variants import Project
 
@@ -189,8 +189,6 @@ def _pushed(project: Project, rung: Rung, receipt: Receipt | None) -> dict[str, 
         return None
     card = project.store.variant(rung.id) / "README.md"
     sent = {f.path: f.sha256 for f in receipt.files}
-    from .store import sha256_file  # noqa: PLC0415
-
     weights = bool(rung.manifest) and receipt.weights_hash == rung.manifest.weights_hash  # type: ignore[union-attr]
     return {
         "commit": receipt.commit,

@@ -7,7 +7,7 @@ Reads headers, results and hashes; needs no MLX; writes only what it found out (
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from inference.layout import Target
 from quant.source import source_hash_of
 from quant.version import QUANT_VERSION, SOLVER
 
-from .base import ResolvedBase, files_hash, known_imatrix, known_source_hash, remember_source_hash, resolve_base
+from .base import ResolvedBase, known_imatrix, known_source_hash, remember_source_hash, resolve_base
 from .plan import VariantPlan, build_inputs, plan_variant, select_targets
 from .protocol import BENCH_VERSION, SMOKE_VERSION, bench_settings, ceiling, smoke_settings
 from .schema import BaseInput, Bench, BuildInputs, ImatrixInput, Manifest, Smoke
@@ -63,7 +63,7 @@ def survey(
     base = resolve_base(project, hub, weights, progress)
     rungs = {id: _rung(project, base, id, read) for id in ids or project.ladder.variants}
     if cards:
-        rungs = {id: _with_card(rung, reasons) for rung, reasons in _cards(project, base, rungs) for id in [rung.id]}
+        rungs = {rung.id: _with_card(rung, reasons) for rung, reasons in _cards(project, base, rungs)}
     return Survey(project, base, rungs)
 
 
@@ -128,7 +128,13 @@ def failure(smoke: Smoke | None) -> str | None:
 
 def read_manifest(project: Project, id: str) -> Manifest | None:
     """The manifest, or None. Raises InputError if it is of another variant."""
-    manifest = read_model(project.store.manifest(id), Manifest)
+    try:
+        manifest = read_model(project.store.manifest(id), Manifest)
+    except InputError as e:
+        # without it nothing proves that the folder is ours, so a build would refuse to replace it
+        raise InputError(
+            f"{str(e).removesuffix('; delete the file to redo it')}; delete the folder to build it again"
+        ) from None
     if manifest and manifest.id != id:
         raise InputError(f"{id}/manifest.json: is of variant {manifest.id}; delete the folder to build it again")
     return manifest
@@ -147,9 +153,7 @@ def base_input(
         elif base.weights and read:
             known = source_hash_of(targets)
             remember_source_hash(project, base, targets, known)
-    return BaseInput(
-        name=base.name, commit=base.commit, source_hash=known or "", files_hash=files_hash(base) if base.weights else ""
-    )
+    return BaseInput(name=base.name, commit=base.commit, source_hash=known or "", files_hash=base.files_hash)
 
 
 def _cards(project: Project, base: ResolvedBase, rungs: dict[str, Rung]) -> list[tuple[Rung, list[str]]]:
@@ -178,6 +182,4 @@ def card_templates(project: Project) -> Path | None:
 
 
 def _with_card(rung: Rung, reasons: list[str]) -> Rung:
-    from dataclasses import replace  # noqa: PLC0415
-
     return replace(rung, state=replace(rung.state, card=reasons))

@@ -217,7 +217,7 @@ def test_a_damaged_manifest_is_one_line_that_says_what_to_do(damage, command, la
     (ladder / "build/Q4_K_XL/manifest.json").write_bytes(damage)
     told = publish(*command, cwd=ladder).refused(2)
     assert told.startswith("manifest.json (Q4_K_XL): ")
-    assert "delete the file" in told
+    assert "delete the folder" in told
 
 
 def test_a_manifest_of_another_variant_is_refused(ladder, publish):
@@ -647,3 +647,13 @@ def test_a_file_that_is_missing_or_shorter_is_noticed_and_built_again(harm, ladd
     publish("build", "Q3_K_XL", cwd=ladder).ok()
     assert licence.read_bytes() == whole
     assert stale(publish, ladder) == CURRENT
+
+
+def test_a_folder_without_a_manifest_is_nobodys_to_replace_and_what_the_error_says_helps(ladder, publish):
+    folder = ladder / "build/Q4_K_XL"
+    (folder / "manifest.json").write_text("{")
+    assert "delete the folder" in publish("build", "Q4_K_XL", cwd=ladder).refused(2)
+    (folder / "manifest.json").unlink()
+    assert "no build put there" in publish("build", "Q4_K_XL", cwd=ladder).refused(2)
+    shutil.rmtree(folder)
+    publish("build", "Q4_K_XL", "--skip", "smoke", "--skip", "bench", cwd=ladder).ok()
