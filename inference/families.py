@@ -13,6 +13,7 @@ from typing import Any
 from .errors import CheckpointError
 
 MODEL_TYPES = {
+    "llama": "llama",
     "qwen3_5": "qwen3_5",
     "qwen3_5_moe": "qwen3_5",
 }

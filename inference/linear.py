@@ -18,15 +18,16 @@ UNPACK_ROWS = {"cpu": 16, "cuda": 8}.get(BACKEND)  # from this many rows on; Non
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """weight: [out, in], or [experts, out, in]."""
+    """weight: [out, in], or [experts, out, in]. bias: [out], added by a call (never by `gather`)."""
 
     weight: mx.array
+    bias: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., in] → [..., out]"""
         if BACKEND == "cpu" and x.size == x.shape[-1]:  # a vector: gemv reads the matrix at twice the speed of gemm
-            return (self.weight @ x.reshape(-1)).reshape(*x.shape[:-1], -1)
-        return x @ self.weight.T
+            return _plus((self.weight @ x.reshape(-1)).reshape(*x.shape[:-1], -1), self.bias)
+        return _plus(x @ self.weight.T, self.bias)
 
     def gather(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
         """[..., 1, in], experts broadcastable to [...] → [..., 1, out]"""
@@ -38,14 +39,14 @@ class Dense:
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
     """weight: uint32 codes [out, in · bits / 32], or [experts, ...]; scales and biases [out, in / group_size].
 
-    biases is None for the float formats (mxfp4, mxfp8, nvfp4). dtype is that of the results.
+    biases is None for the float formats (mxfp4, mxfp8, nvfp4). dtype is that of the results. bias: as in `Dense`.
     """
 
     weight: mx.array
@@ -53,15 +54,17 @@ class Packed:
     biases: mx.array | None
     spec: QuantSpec
     dtype: mx.Dtype
+    bias: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., in] → [..., out]"""
         if UNPACK_ROWS is not None and x.size >= UNPACK_ROWS * x.shape[-1]:
-            return x @ self.unpacked().T
+            return _plus(x @ self.unpacked().T, self.bias)
         s = self.spec
-        return mx.quantized_matmul(
+        y = mx.quantized_matmul(
             x, self.weight, self.scales, self.biases, transpose=True, group_size=s.group_size, bits=s.bits, mode=s.mode
         )
+        return _plus(y, self.bias)
 
     def gather(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
         """[..., 1, in], experts broadcastable to [...] → [..., 1, out]"""
@@ -83,11 +86,16 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes + self.scales.nbytes + (0 if self.biases is None else self.biases.nbytes)
+        parts = (self.weight, self.scales, self.biases, self.bias)
+        return sum(x.nbytes for x in parts if x is not None)
 
     def _dequantize(self, weight: mx.array, scales: mx.array, biases: mx.array | None) -> mx.array:
         s = self.spec
         return mx.dequantize(weight, scales, biases, s.group_size, s.bits, mode=s.mode, dtype=self.dtype)
+
+
+def _plus(y: mx.array, bias: mx.array | None) -> mx.array:
+    return y if bias is None else y + bias
 
 
 Linear = Dense | Packed

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -71,13 +71,16 @@ class Model:
         return Tokenizer.load(self.folder)
 
 
-def load(folder: Path | str) -> Model:
+def load(folder: Path | str, compute: mx.Dtype | None = None) -> Model:
     """Check and load a checkpoint folder.
+
+    compute: the type to compute in, by default that of `backend.compute_dtype`; mx.float32 widens every floating-point
+    tensor, scales and biases of packed weights too.
 
     Raises CheckpointError if anything in it is missing, superfluous, mis-shaped or unknown, ResourceError if the
     weights would not fit into memory.
     """
-    weights = Weights(Path(folder))
+    weights = Weights(Path(folder), compute)
     limit = memory_limit()
     if weights.nbytes > limit:
         raise ResourceError(
@@ -90,25 +93,45 @@ def load(folder: Path | str) -> Model:
     return Model(weights.folder, weights.config, weights.raw_config, text, weights.nbytes, family)
 
 
-def hidden_states_streamed(folder: Path | str, token_batches: Sequence[mx.array]) -> list[mx.array]:
+def hidden_states_streamed(
+    folder: Path | str,
+    token_batches: Sequence[mx.array],
+    *,
+    compute: mx.Dtype | None = None,
+    step: int | None = None,
+    after_layer: Callable[[int], None] | None = None,
+) -> list[mx.array]:
     """Final states [B, T, H] of each batch of tokens [B, T], loading one layer at a time; no KV cache survives.
 
-    For bases that do not fit into memory. `load_head` turns the states into logits.
+    For bases that do not fit into memory. `load_head` turns the states into logits. compute: as for `load`. step: tokens
+    that pass a layer at a time, behind each other with its cache; None: the whole batch. after_layer(i) is called once
+    all batches have passed layer i.
     """
-    weights = Weights(Path(folder))
-    return _family(weights.raw_config).hidden_streamed(weights.config, weights, list(token_batches))
+    return hidden_states_of(Weights(Path(folder), compute), token_batches, step=step, after_layer=after_layer)
 
 
-def load_head(folder: Path | str) -> Linear:
+def hidden_states_of(
+    weights: Weights,
+    token_batches: Sequence[mx.array],
+    *,
+    step: int | None = None,
+    after_layer: Callable[[int], None] | None = None,
+) -> list[mx.array]:
+    """As `hidden_states_streamed`, of weights that are open already."""
+    return _family(weights.raw_config).hidden_streamed(
+        weights.config, weights, list(token_batches), after_layer=after_layer, step=step
+    )
+
+
+def load_head(folder: Path | str, compute: mx.Dtype | None = None) -> Linear:
     """The output matrix alone: `load_head(folder)(hidden)` are logits."""
-    weights = Weights(Path(folder))
-    return _family(weights.raw_config).lm_head(weights.config, weights)
+    return Weights(Path(folder), compute).head()
 
 
 class Weights:
     """Tensors of a checked folder by MLX name. Nothing is read before it is asked for, nothing is kept."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, compute: mx.Dtype | None = None) -> None:
         checkpoint = read_checkpoint(folder)
         names = names_of(checkpoint.config)
         self.folder = folder
@@ -120,12 +143,22 @@ class Weights:
             self._targets, self._specs = _check_mlx(checkpoint, names.text_shapes(self.config), names.SKIPPED)
         else:
             self._targets = {t.name: t for t in names.targets(checkpoint) if t.part == "text"}
-        self._dtype = compute_dtype(DTYPES[self.config.dtype])
+        self._dtype = compute or compute_dtype(DTYPES[self.config.dtype])
+        self._wide = self._dtype == mx.float32  # every floating-point tensor becomes float32
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type to compute in."""
+        return self._dtype
+
+    def head(self) -> Linear:
+        """The output matrix."""
+        return _family(self.raw_config).lm_head(self.config, self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the text model once loaded."""
-        return sum(t.params * (4 if _becomes_float32(t) else ITEMSIZE[t.source.dtype]) for t in self._targets.values())
+        return sum(t.params * (4 if self._widens(t) else ITEMSIZE[t.source.dtype]) for t in self._targets.values())
 
     def array(self, name: str) -> mx.array:
         """One tensor; floating-point ones in the type to compute in."""
@@ -136,24 +169,24 @@ class Weights:
             x = x.view(mx.bfloat16)
         if target.op == "plus_one":
             x = 1 + x.astype(mx.float32)
-        elif _becomes_float32(target):
+        elif self._widens(target):
             x = x.astype(mx.float32)
         mx.eval(x)
         return x
 
     def linear(self, module: str) -> Linear:
         weight = self.array(f"{module}.weight")
+        bias = self.array(f"{module}.bias") if f"{module}.bias" in self._targets else None
         spec = self._specs.get(module)
         if spec is None:
-            return Dense(weight)
+            return Dense(weight, bias)
         biases = self.array(f"{module}.biases") if spec.mode == "affine" else None
-        return Packed(weight, self.array(f"{module}.scales"), biases, spec, self._dtype)
+        return Packed(weight, self.array(f"{module}.scales"), biases, spec, self._dtype, bias)
 
-
-def _becomes_float32(target: Target) -> bool:
-    if target.source.dtype not in FLOATS:
-        return False
-    return BACKEND == "cpu" or target.op == "plus_one" or target.name.endswith(".A_log")
+    def _widens(self, target: Target) -> bool:
+        if target.source.dtype not in FLOATS:
+            return False
+        return self._wide or target.op == "plus_one" or target.name.endswith(".A_log")
 
 
 def _check_mlx(

@@ -71,6 +71,26 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and of each the characters [start, end) of the text that it stands for."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def bos(self) -> int | None:
+        """The BOS id if this tokenizer begins a text with it: by `add_bos_token` of tokenizer_config.json, else by what
+        tokenizer.json adds. Raises CheckpointError if it should and there is none."""
+        path = self.folder / "tokenizer_config.json"
+        wanted = read_json(path).get("add_bos_token") if path.is_file() else None
+        text = self.special.get("bos_token")
+        token = self._tokenizer.token_to_id(text) if text is not None else None
+        if wanted is True and token is None:
+            raise CheckpointError(
+                "tokenizer_config.json: add_bos_token is true, but bos_token is not in tokenizer.json"
+            )
+        if isinstance(wanted, bool):
+            return token if wanted else None
+        return token if token is not None and self.encode("a", add_special_tokens=True)[:1] == [token] else None
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 

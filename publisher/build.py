@@ -17,18 +17,33 @@ from inference.errors import GateRefused, InputError
 from inference.tokenizer import Tokenizer
 from quant.folder import finish, replaced
 
-from . import __version__
+from . import __version__, card_figure
+from .allocation import UNKNOWN
 from .base import ResolvedBase, fetch_imatrix, fingerprint, remember_source_hash
-from .card import gather, render
+from .card import figure, gather, render
 from .plan import build_inputs, disk_needed, quant_table, select_targets
 from .report import Report
-from .schema import BaseInput, BuildInputs, BuildRecord, FileEntry, ImatrixInput, Manifest, Smoke, TensorEntry
+from .schema import (
+    BaseInput,
+    BuildInputs,
+    BuildRecord,
+    CalibrationInput,
+    CalibrationRecord,
+    Costs,
+    FileEntry,
+    ImatrixInput,
+    Manifest,
+    Smoke,
+    TensorEntry,
+)
 from .store import PART, digest, discard_leftovers, exclusive, read_model, read_result, write_model, write_text
-from .survey import Rung, Survey, card_templates, failure, read_manifest, survey
+from .survey import NOT_CALIBRATED, Rung, Survey, card_templates, failure, needs_imatrix, read_manifest, survey
 from .variants import Project
 
 if TYPE_CHECKING:
+    from quant.awq import Exponents
     from quant.convert import Converted
+    from quant.moments import MomentSource
 
     from .hub import Hub
 
@@ -55,12 +70,14 @@ def build(
     report: Report,
     force: bool = False,
     skip: Collection[str] = (),
+    evaluate: bool = False,
 ) -> list[Outcome]:
     """Bring variants up to date; cards of all built siblings follow, since they list each other.
 
     Raises what the steps raise; a failed smoke test is not an exception but an Outcome.
     """
     seen = survey(project, hub, cards=False)
+    _require_allocated(seen, ids)
     if _fetch_imatrices(project, seen, ids, hub):
         seen = survey(project, hub, cards=False)
     if force or any(_needs_base(seen.rungs[id], skip) for id in ids):
@@ -76,6 +93,10 @@ def build(
         quantize(project, seen, stale, hub, report)
         seen = survey(project, hub, weights=True, cards=False)
     smoked, benched = measure_stale(project, seen, ids, report, force, skip)
+    if evaluate:
+        from .evaluate import evaluate_held  # noqa: PLC0415 - it needs this module
+
+        evaluate_held(project, [id for id in ids if not _failed(project, id)], hub, report, force)
     changed = render_cards(project, seen.base) if "card" not in skip else set()
     for id in sorted(changed, key=list(seen.rungs).index):
         report.line(f"{id}: card written")
@@ -87,6 +108,12 @@ def build(
     if not (stale or smoked or benched or changed):
         report.line("nothing to do: all is current")
     return outcomes
+
+
+def _require_allocated(seen: Survey, ids: Sequence[str]) -> None:
+    open_ids = [id for id in ids if seen.rungs[id].plan.applied is None]
+    if open_ids:
+        raise InputError(f"{', '.join(open_ids)}: {UNKNOWN}")
 
 
 def _with_weights(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[], Hub], report: Report) -> Survey:
@@ -133,9 +160,10 @@ def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[
 
     started = time.perf_counter()
     _check_places(project, seen.base, ids)
-    jobs, inputs = [], {}
+    jobs, inputs, exponents = [], {}, {}
+    shared: dict[str, MomentSource] = {}
     for id in ids:
-        job, inputs[id] = _job(project, seen, seen.rungs[id], hub)
+        job, inputs[id], exponents[id] = _job(project, seen, seen.rungs[id], hub, shared)
         _sweep(project, id, keep=job["staging"])
         jobs.append(Job(**job))
     report.line(f"quantizing {', '.join(ids)} in one pass over {seen.base.name}")
@@ -146,7 +174,7 @@ def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[
         remember_source_hash(
             project, seen.base, select_targets(project, done.variant, seen.base.targets), done.source_hash
         )
-        manifest = _manifest(project, seen.rungs[done.variant], inputs[done.variant], done)
+        manifest = _manifest(project, seen.rungs[done.variant], inputs[done.variant], exponents[done.variant], done)
         write_model(done.folder / "manifest.json", manifest)
         _keep_images(project.store.variant(done.variant), done.folder)
         # before the folder is in place: from then on nothing comes back here
@@ -158,26 +186,46 @@ def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[
         )
 
 
-def _job(project: Project, seen: Survey, rung: Rung, hub: Callable[[], Hub]) -> tuple[dict[str, Any], BuildInputs]:
-    """Arguments of a `quant.convert.Job`, and the inputs for the manifest (source hash still open)."""
+def _job(
+    project: Project, seen: Survey, rung: Rung, hub: Callable[[], Hub], shared: dict[str, MomentSource]
+) -> tuple[dict[str, Any], BuildInputs, Exponents]:
+    """Arguments of a `quant.convert.Job`; for the manifest the inputs (source hash still open), and the AWQ exponents
+    that were searched. shared: statistics that other jobs of this run use, by folder."""
     from quant.awq import folds  # noqa: PLC0415
+    from quant.awq_search import search  # noqa: PLC0415
     from quant.imatrix import read_imatrix  # noqa: PLC0415
-    from quant.version import QUANT_VERSION, SOLVER  # noqa: PLC0415
+    from quant.moments import FromImportance, FromStatistics  # noqa: PLC0415
+    from quant.version import QUANT_VERSION  # noqa: PLC0415
 
-    imatrix, scales = None, {}
+    from .calibrate import find, key_of  # noqa: PLC0415
+
+    imatrix, scales, searched, statistics_key = None, {}, {}, None
+    moments: MomentSource | None = None
     source = project.imatrix(rung.id)
-    if source and any(p.awq for p in rung.plan.plans):
+    if source and needs_imatrix(project, rung.plan):
         path, imatrix = fetch_imatrix(project, source, hub)
         statistics = read_imatrix(path, seen.base.checkpoint.config)
         table = quant_table(seen.base.checkpoint.config)
-        scales = folds(rung.plan.plans, statistics, project.recipe(rung.id).awq_exponent, table.AWQ_GROUPS)
+        exponent = project.recipe(rung.id).awq_exponent
+        if exponent == "search":
+            exponent = searched = search(rung.plan.plans, statistics, table.AWQ_GROUPS, project.solver(rung.id))
+        scales = folds(rung.plan.plans, statistics, exponent, table.AWQ_GROUPS)
         # the plan and the card say that these are scaled: a hole in the statistics must not make that untrue
         bare = next((p.target.module for p in rung.plan.plans if p.awq and p.target.name not in scales), None)
         if bare:
             raise InputError(
                 f"{imatrix.name}: holds nothing for {bare}; take a complete imatrix, or a rule with awq: false"
             )
-    inputs = _inputs(project, seen.base, rung, imatrix, SOLVER, QUANT_VERSION)
+        if project.solves_by_imatrix(rung.id):
+            moments = FromImportance(statistics.importance)
+    if project.solves_by_statistics(rung.id):
+        found = find(project, seen.base, read=True)
+        if found is None:
+            raise InputError(f"{rung.id}: {NOT_CALIBRATED}")
+        # one for all variants: what it prepares of a Hessian serves every format
+        moments = shared.setdefault(str(found.folder), FromStatistics(found))
+        statistics_key = key_of(project, seen.base)
+    inputs = _inputs(project, seen.base, rung, imatrix, statistics_key, QUANT_VERSION)
     key = digest({"inputs": inputs.model_dump(mode="json"), "files": fingerprint(seen.base.checkpoint)})
     job = {
         "variant": rung.id,
@@ -187,10 +235,11 @@ def _job(project: Project, seen: Survey, rung: Rung, hub: Callable[[], Hub]) -> 
         "config": seen.base.checkpoint.config,
         "folds": scales,
         "mtp": project.mtp(rung.id),
-        "solver": SOLVER,
+        "solver": project.solver(rung.id),
+        "moments": moments,
         "inputs": {"key": key},
     }
-    return job, inputs
+    return job, inputs, searched
 
 
 def _check_places(project: Project, base: ResolvedBase, ids: Sequence[str]) -> None:
@@ -239,13 +288,13 @@ def _sweep(project: Project, id: str, keep: Path | None = None) -> None:
 
 
 def _inputs(
-    project: Project, base: ResolvedBase, rung: Rung, imatrix: ImatrixInput | None, solver: str, version: int
+    project: Project, base: ResolvedBase, rung: Rung, imatrix: ImatrixInput | None, statistics: str | None, version: int
 ) -> BuildInputs:
     open_base = BaseInput(name=base.name, commit=base.commit, source_hash="", files_hash=base.files_hash)
-    return build_inputs(project, rung.plan, open_base, imatrix, solver, version)
+    return build_inputs(project, rung.plan, open_base, imatrix, statistics, version)
 
 
-def _manifest(project: Project, rung: Rung, inputs: BuildInputs, done: Converted) -> Manifest:
+def _manifest(project: Project, rung: Rung, inputs: BuildInputs, exponents: Exponents, done: Converted) -> Manifest:
     plan = rung.plan
     base = inputs.base.model_copy(update={"source_hash": done.source_hash})
     return Manifest(
@@ -259,13 +308,50 @@ def _manifest(project: Project, rung: Rung, inputs: BuildInputs, done: Converted
         text_nbytes=plan.text_nbytes,
         files=[FileEntry(path=p, size=s, sha256=h) for p, s, h in done.files],
         tensors=[TensorEntry(name=n, dtype=d, shape=list(s), sha256=h) for n, d, s, h in done.tensors],
+        allocation=plan.sized.allocation if plan.sized else None,
+        awq_exponents=_by_group(exponents),
+        calibration=_calibration(project, inputs.statistics),
     )
+
+
+def _calibration(project: Project, key: str | None) -> CalibrationInput | None:
+    """What statistics were collected over, as their record says; local paths are cut to file names."""
+    from .calibrate import RECORD  # noqa: PLC0415
+
+    record = read_result(project.store.statistics / key[:16] / RECORD, CalibrationRecord) if key else None
+    if record is None or record.key != key:
+        return None
+    spec = project.ladder.calibration
+    names = {k: Path(v).name for k in ("text", "chat") if isinstance(v := getattr(spec, k), str)}
+    return CalibrationInput(texts=record.texts, tokens=record.tokens, settings=spec.model_copy(update=names))
+
+
+def _costs(project: Project, manifest: Manifest) -> Costs | None:
+    """The costs that lie beside the statistics that these weights were solved or allocated with, if they are there."""
+    from .costing import COSTS  # noqa: PLC0415
+
+    key = manifest.inputs.statistics
+    if key:
+        return read_result(project.store.statistics / key[:16] / COSTS, Costs)
+    if manifest.allocation:
+        found = (read_result(p, Costs) for p in sorted(project.store.statistics.glob(f"*/{COSTS}")))
+        return next((c for c in found if c and c.statistics == manifest.allocation.statistics), None)
+    return None
+
+
+def _by_group(exponents: Exponents) -> dict[str, dict[str, float]]:
+    """Group → layer → exponent, for the manifest."""
+    out: dict[str, dict[str, float]] = {}
+    for (layer, label), exponent in exponents.items():
+        out.setdefault(label, {})[layer] = exponent
+    return {label: out[label] for label in sorted(out)}
 
 
 def _record(project: Project, manifest: Manifest, ids: Sequence[str], done: Converted, wall: float) -> None:
     from .bench import device  # noqa: PLC0415
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    costs = _costs(project, manifest)
     record = BuildRecord(
         weights_hash=manifest.weights_hash,
         built_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -275,6 +361,8 @@ def _record(project: Project, manifest: Manifest, ids: Sequence[str], done: Conv
         bytes_written=done.bytes_written,
         peak_gb=round(peak / 1e9, 3),
         device=device(),
+        probes=costs.probes if costs else [],
+        probe_tokens=costs.probe_tokens if costs else 0,
     )
     write_model(project.store.results(manifest.weights_hash) / "build.json", record)
 
@@ -336,10 +424,24 @@ def card_texts(project: Project, base: Path, ids: Sequence[str] | None = None) -
     return {id: render(facts, id, templates) for id in built}
 
 
+def card_figures(project: Project, base: Path, ids: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """What of the pictures of every built variant's card is not what it would be now."""
+    facts = gather(project, base)
+    built = [id for id in ids or project.ladder.variants if facts.variant(id).contents]
+    return {id: card_figure.faults(project.store.variant(id), figure(facts, id)) for id in built}
+
+
 def render_cards(project: Project, base: ResolvedBase, ids: Sequence[str] | None = None) -> set[str]:
-    """Write the cards that differ from what is on disk; returns whose."""
+    """Write the cards and pictures that differ from what is on disk; returns whose."""
     changed = set()
-    for id, text in card_texts(project, base.folder, ids).items():
+    facts, templates = gather(project, base.folder), card_templates(project)
+    for id in ids or project.ladder.variants:
+        if not read_manifest(project, id) or facts.variant(id).error:
+            continue
+        text = render(facts, id, templates)
+        # the picture first: a card never shows one that is not there yet
+        if card_figure.write(project.store.variant(id), figure(facts, id)):
+            changed.add(id)
         path = project.store.variant(id) / "README.md"
         discard_leftovers(path)
         try:

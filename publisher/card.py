@@ -22,11 +22,13 @@ import yaml
 from inference.errors import InputError
 
 from .card_facts import HEADER, Facts, gather
+from .card_figure import Figure
 from .card_format import FILTERS
+from .card_quality_view import quality_name, quality_view
 from .card_sandbox import Sandbox
 from .card_view import row_label, view
 
-__all__ = ["Facts", "check_card", "gather", "machine_paths", "render", "snippets"]
+__all__ = ["Facts", "Figure", "check_card", "figure", "gather", "machine_paths", "render", "snippets"]
 
 ENTRY = "card.md.j2"
 BUILTIN = "builtin/"
@@ -50,12 +52,21 @@ SNIPPET = re.compile(r"^<!-- snippet: ([\w-]+) -->\n(`{3,})(\w+)\n(.*?)^\2$", re
 def render(facts: Facts, id: str, templates: Path | None = None) -> str:
     """The card of one variant. templates: the user's folder. Raises InputError, also for any fault of a template."""
     card = view(facts, id)
-    env = Sandbox(jinja2.FunctionLoader(lambda name: _load(name, templates)), {**FILTERS, "row_label": row_label})
+    env = Sandbox(
+        jinja2.FunctionLoader(lambda name: _load(name, templates)),
+        {**FILTERS, "row_label": row_label, "quality_name": quality_name},
+    )
     try:
         text = env.text(ENTRY, card=card, facts=facts)
     except TEMPLATE_ERRORS as e:
         raise InputError(_explain(e)) from None
     return _tidy(text)
+
+
+def figure(facts: Facts, id: str) -> Figure | None:
+    """The figure that a variant's card shows; None where there is too little to draw."""
+    found = quality_view(facts, id)
+    return found.figure if found else None
 
 
 def _load(name: str, templates: Path | None) -> tuple[str, str, None] | None:

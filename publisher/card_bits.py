@@ -49,6 +49,7 @@ class Packed:
 class BitRow:
     """One line of the table. layers: empty where the line holds every layer of its tensors."""
 
+    cls: str  # its tensors' class
     label: str
     format: str  # 4-bit, mxfp4, bf16
     awq: bool
@@ -60,6 +61,7 @@ class BitRow:
     nbytes: int
     why: str
     passthrough: bool
+    probe: str = ""  # what its class was measured to cost as a whole, on the first row of the class
 
     @property
     def bits(self) -> str:
@@ -184,6 +186,7 @@ def _class_rows(cls: str, members: Sequence[tuple[Packed, TensorPlan, str]], den
             named = all(p.target.part == "text" for p, _, _ in own) and set(names) != leaves.keys()
             rows.append(
                 BitRow(
+                    cls=cls,
                     label=_prefix(cls) + ", ".join(sorted(names)) if named else cls,
                     format=fmt,
                     awq=awq,

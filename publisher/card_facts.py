@@ -17,12 +17,18 @@ import yaml
 
 from inference.checkpoint import read_checkpoint
 from inference.errors import CheckpointError, InputError
+from inference.families import names_of
 from quant.builtin import BUILTIN
+from quant.recipe import Recipe, matches
 
+from .allocation import allocation_recipe
 from .card_bits import BitRow, Packed, bit_rows, check_manifest, read_packed
+from .card_quality import Entry, Standings, measured_entries, standings
 from .plan import quant_table, rule_inputs
 from .schema import Bench, BuildInputs, BuildRecord, CardSpec, FileEntry, Manifest, Smoke
+from .sizes import CONTEXT, workspace_bound
 from .store import read_model, read_result
+from .survey import quality_state, read_quality
 from .variants import Project
 
 HEADER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$))")  # the Hub's own pattern
@@ -31,6 +37,7 @@ LANGUAGE = re.compile(r"[A-Za-z][A-Za-z\-]{1,19}")
 GGUF_LABEL = re.compile(r"I?Q[1-8]_(K(_(S|M|L|XL))?|[01]|XXS|XS|NL|S|M)|MXFP4(_MOE)?")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
 DAMAGED = "this variant's folder is damaged"
+NO_EVAL = "eval was not run"
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class Contents:
     tags: tuple[str, ...]  # of the family, as its table in `quant/` has them
     credit: tuple[str, str, str]  # name, link and deed of who made the family
     question: str  # of the usage snippets
+    parts: tuple[str, ...]  # of the family: text, vision, mtp
     context: int | None  # tokens
     nbytes: int
     params: int
@@ -86,6 +94,9 @@ class Contents:
     text_params: int
     vision: bool
     mtp: bool
+    caches: int  # bytes at sizes.CONTEXT tokens
+    workspace: int  # bytes of prefill at most, from shapes
+    modules: tuple[str, ...] = field(default=(), repr=False)  # of all stored tensors
     sampling: dict[str, float] = field(default_factory=dict)
     thinking: bool = False  # its chat template knows enable_thinking
 
@@ -123,6 +134,7 @@ class Variant:
     no_smoke: str
     bench: Bench | None
     no_bench: str
+    no_quality: str  # why there is no current quality; empty where there is
     strategy: str  # the built-in recipe it goes back to, or its own name
     pure: bool  # built by the built-in recipe's rules and no others
     origin: str
@@ -147,6 +159,7 @@ class Facts:
     quantized_by: str | None
     card: CardSpec
     variants: tuple[Variant, ...]
+    standings: Standings  # what was measured of the variants' quality, and of foreign models'
 
     def variant(self, id: str) -> Variant:
         return next(v for v in self.variants if v.id == id)
@@ -165,11 +178,13 @@ def gather(project: Project, base_folder: Path | None) -> Facts:
     a `card.license` that contradicts the base's own card.
     """
     ladder = project.ladder
+    variants, entries = zip(*(_variant(project, id) for id in ladder.variants), strict=True)
     return Facts(
         base=_base(project, base_folder),
         quantized_by=ladder.quantized_by or ladder.owner,
         card=ladder.card,
-        variants=tuple(_variant(project, id) for id in ladder.variants),
+        variants=variants,
+        standings=standings([*entries, *measured_entries(project)]),
     )
 
 
@@ -237,7 +252,7 @@ def _original(folder: Path) -> Original | None:
 # ---------------------------------------------------------------------------------------------- the variants
 
 
-def _variant(project: Project, id: str) -> Variant:
+def _variant(project: Project, id: str) -> tuple[Variant, Entry]:
     spec, recipe = project.variant(id), project.recipe(id)
     contents, missing, error = None, "not built", None
     try:
@@ -256,14 +271,31 @@ def _variant(project: Project, id: str) -> Variant:
         smoke, no_smoke = _result(folder / "smoke.json", Smoke, weights_hash)
         bench, no_bench = _result(folder / "bench.json", Bench, weights_hash)
     inputs = contents.manifest.inputs if contents else None
-    known = inputs is None or (inputs.recipe == recipe.name and inputs.rules == rule_inputs(recipe, spec.bits))
+    if contents:
+        recipe = _applied(project, id, contents.manifest)
+    bits = spec.bits or (inputs.bits if inputs else _nominal(project, id))
+    known = inputs is None or (inputs.recipe == recipe.name and inputs.rules == rule_inputs(recipe, bits))
     strategy = _strategy(project, inputs.recipe if inputs else recipe.name)
     repo = project.repo(id)
     gguf = id if GGUF_LABEL.fullmatch(id) else None
-    return Variant(
+    quality, no_quality = None, missing
+    if contents:
+        quality = read_quality(project, contents.manifest.weights_hash)
+        no_quality = "; ".join(quality_state(project, quality, contents.manifest.inputs.base.source_hash))
+    entry = Entry(
+        name=id,
+        recipe=None,
+        nbytes=contents.nbytes if contents else None,
+        text_nbytes=contents.text_nbytes if contents else None,
+        text_params=contents.text_params if contents else None,
+        sound=smoke is None or smoke.passed,
+        quality=None if no_quality else quality,
+        why=NO_EVAL if contents and quality is None else no_quality,
+    )
+    variant = Variant(
         id=id,
         repo=repo,
-        bits=inputs.bits if inputs else spec.bits,
+        bits=inputs.bits if inputs else bits,
         gguf=f"UD-{gguf}" if gguf and f"UD-{id}" in repo else gguf,
         contents=contents,
         missing=missing,
@@ -277,8 +309,10 @@ def _variant(project: Project, id: str) -> Variant:
         pure=bool(inputs) and strategy in BUILTIN and inputs.rules == rule_inputs(BUILTIN[strategy], inputs.bits),
         origin=recipe.origin,
         origin_known=known,
-        fragment=_fragment(project, id, inputs) if inputs else "",
+        no_quality=entry.why,
+        fragment=_fragment(project, id, inputs, contents) if inputs and contents else "",
     )
+    return variant, entry
 
 
 def _contents(project: Project, id: str) -> Contents | None:
@@ -290,10 +324,11 @@ def _contents(project: Project, id: str) -> Contents | None:
         raise InputError(f"{id}/manifest.json: is of variant {manifest.id}; delete the folder to build it again")
     config, packed = read_packed(folder)
     check_manifest(folder, manifest, packed)
-    rows = bit_rows(config, packed, manifest, project.recipe(id), project.variant(id).bits, project.group_size(id))
+    bits = project.variant(id).bits or manifest.inputs.bits
+    rows = bit_rows(config, packed, manifest, _applied(project, id, manifest), bits, project.group_size(id))
     text = [p for p in packed if p.target.part == "text"]
     names = [f.path for f in manifest.files]
-    family = quant_table(config)
+    family, hyper = quant_table(config), names_of(config).read_config(config)
     return Contents(
         manifest=manifest,
         rows=tuple(rows),
@@ -303,6 +338,7 @@ def _contents(project: Project, id: str) -> Contents | None:
         tags=tuple(family.CARD_TAGS),
         credit=family.CARD_CREDIT,
         question=family.CARD_QUESTION,
+        parts=tuple(family.PARTS),
         context=_context(config),
         nbytes=_total(packed),
         params=sum(p.target.params for p in packed),
@@ -310,9 +346,25 @@ def _contents(project: Project, id: str) -> Contents | None:
         text_params=sum(p.target.params for p in text),
         vision=any(p.target.part == "vision" for p in packed),
         mtp=any(p.target.part == "mtp" for p in packed),
+        caches=names_of(config).cache_nbytes(hyper, CONTEXT),
+        workspace=workspace_bound(hyper, [p.target for p in packed]),
+        modules=tuple(p.target.module for p in packed),
         sampling=_sampling(folder / "generation_config.json"),
         thinking=any("enable_thinking" in _text(folder / n) for n in ("chat_template.jinja", "tokenizer_config.json")),
     )
+
+
+def _nominal(project: Project, id: str) -> int:
+    """N of a variant that is made by size and not built, as far as it can be known without its plan."""
+    size = project.size(id)
+    return size.bits if size and size.bits else 8
+
+
+def _applied(project: Project, id: str, manifest: Manifest) -> Recipe:
+    """The recipe whose reasons the table gives: today's, or the allocation that was built."""
+    if project.size(id) and manifest.allocation:
+        return allocation_recipe(project, id, manifest.allocation)
+    return project.recipe(id)
 
 
 def _context(config: dict[str, Any]) -> int | None:
@@ -368,8 +420,11 @@ def _strategy(project: Project, name: str) -> str:
     return name
 
 
-def _fragment(project: Project, id: str, inputs: BuildInputs) -> str:
-    """variants.yaml that builds these weights again: rules as applied, base and imatrix pinned, no local path."""
+def _fragment(project: Project, id: str, inputs: BuildInputs, contents: Contents) -> str:
+    """variants.yaml that builds these weights again: rules as applied, base and imatrix pinned, no local path.
+
+    Rules and options for what the model does not have are left out.
+    """
     ladder = project.ladder
     base: dict[str, Any] = {"path": f"./{inputs.base.name}"}
     if ladder.base.repo == inputs.base.name:
@@ -386,6 +441,8 @@ def _fragment(project: Project, id: str, inputs: BuildInputs) -> str:
             out["imatrix"] = {"path": f"./{name}"}
     rules = []
     for r in inputs.rules:
+        if not any(matches(r.match, m) for m in contents.modules):
+            continue
         rule: dict[str, Any] = {"match": r.match, "bits": r.bits}
         if r.group_size is not None:
             rule["group_size"] = r.group_size
@@ -400,10 +457,16 @@ def _fragment(project: Project, id: str, inputs: BuildInputs) -> str:
     if inputs.awq_exponent is not None:
         recipe["awq_exponent"] = inputs.awq_exponent
     name = f"{inputs.recipe}-as-built" if inputs.recipe in BUILTIN else inputs.recipe
+    if contents.manifest.calibration:
+        settings = contents.manifest.calibration.settings.model_dump(mode="json", exclude_none=True)
+        out["calibration"] = {
+            k: f"./{v}" if k in ("text", "chat") and isinstance(v, str) else v for k, v in settings.items()
+        }
+    kept = {"mtp": inputs.mtp, "vision": inputs.vision}
     out |= {
+        "solver": inputs.solver,
         "group_size": inputs.group_size,
-        "mtp": inputs.mtp,
-        "vision": inputs.vision,
+        **{part: choice for part, choice in kept.items() if part in contents.parts},
         "recipes": {name: recipe},
         "variants": {id: {"bits": inputs.bits, "recipe": name}},
     }

@@ -15,7 +15,7 @@ from urllib.parse import quote as quote_url
 
 import yaml
 
-from .schema import Stat
+from .schema import Interval, Stat
 
 ABSOLUTE = re.compile(r"(?<![\w.:/~])(?:[A-Z]:)?[/\\](?:[^\s/\\:,'\"]+[/\\])+")
 
@@ -78,6 +78,35 @@ def seconds(x: float) -> str:
 def kld(x: float) -> str:
     """Nats a token."""
     return f"{x:.4f}" if abs(x) >= 0.01 or x == 0 else f"{x:.2g}"
+
+
+def small(x: float) -> str:
+    """A figure of any size in three digits, from 0.0001 down in two with an exponent: `0.0126`, `1.9e-12`."""
+    if not math.isfinite(x):
+        return not_measured("the result is not a finite number")
+    return f"{x:.{_decimals(x)}f}" if abs(x) >= 1e-4 or x == 0 else re.sub(r"e-0+", "e-", f"{x:.1e}")
+
+
+def _decimals(x: float) -> int:
+    return max(0, 2 - math.floor(math.log10(abs(x)))) if x else 0
+
+
+def interval(x: Interval) -> str:
+    """`0.0126 [0.0121–0.0133]`: the ends with as many decimals as the value."""
+    if abs(x.value) < 1e-4 or not all(map(math.isfinite, (x.value, x.low, x.high))):
+        return f"{small(x.value)} [{small(x.low)}–{small(x.high)}]"
+    n = _decimals(x.value)
+    return f"{x.value:.{n}f} [{x.low:.{n}f}–{x.high:.{n}f}]"
+
+
+def signed(x: Interval) -> str:
+    """`+0.0062 [−0.0010, +0.0120]`, with signs, for what may lie on either side of zero."""
+    value, low, high = (f"{v if abs(v) >= 5e-5 else 0.0:+.4f}".replace("-", "−") for v in (x.value, x.low, x.high))
+    return f"{value} [{low}, {high}]"
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.2f} %"
 
 
 def gigabytes(x: float) -> str:

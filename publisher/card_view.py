@@ -5,9 +5,10 @@ Every cell that holds a figure is text already: the figure, or `not measured: RE
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from inference.errors import InputError
@@ -15,6 +16,7 @@ from inference.errors import InputError
 from . import card_format as fmt
 from .card_bits import BitRow
 from .card_facts import SAMPLING, Base, Contents, Facts, License, Variant
+from .card_quality_view import QualityView, quality_view
 from .protocol import protocol_line
 from .schema import Bench, Check, Device, Speed
 
@@ -100,6 +102,8 @@ class View:
     original_params: str
     precision: str
     format: str
+    quality: QualityView | None  # None: of no variant
+    quality_devices: tuple[str, ...]
     ladder: tuple[LadderRow, ...]
     setups: tuple[Setup, ...]
     texts: tuple[TextSetup, ...]
@@ -135,7 +139,9 @@ def view(facts: Facts, id: str) -> View:
     tool, *version = c.manifest.tool.split()
     awq = any(r.awq for r in c.rows)
     setups, texts = _setups(facts.variants), _texts(facts.variants)
+    rows = _with_probes(v, c)
     notes, reasons = shared_notes(r.why for r in c.rows)
+    quality = quality_view(facts, id)
     title, url = "", None
     if base.license:
         title, url = LICENSES.get(base.license.id, (base.license.name or base.license.id, None))
@@ -159,13 +165,15 @@ def view(facts: Facts, id: str) -> View:
         precision=_precision(c.rows),
         original_params=fmt.params(o.params) if o else NO_ORIGINAL,
         format=_files(len(c.weights)),
-        ladder=tuple(_ladder_row(x, v, setups, texts) for x in facts.variants),
+        quality=quality,
+        quality_devices=tuple(device_text(d) for d in quality.devices) if quality else (),
+        ladder=tuple(_ladder_row(x, v, setups, texts, facts if quality else None) for x in facts.variants),
         setups=setups,
-        texts=texts,
+        texts=texts if quality is None else (),
         speed=tuple(_speed_rows(v)),
         speed_setup=next((s for s in setups if id in s.ids), None),
         compute=computes.pop() if len(computes := {s.compute for s in setups}) == 1 else "",
-        bits=c.rows,
+        bits=rows,
         reason_notes=notes,
         reasons=reasons,
         checks=tuple(k.model_copy(update={"detail": fmt.portable(k.detail)}) for k in v.smoke.checks)
@@ -263,7 +271,10 @@ def _files(n: int) -> str:
 # ---------------------------------------------------------------------------------------------- measured
 
 
-def _ladder_row(x: Variant, current: Variant, setups: tuple[Setup, ...], texts: tuple[TextSetup, ...]) -> LadderRow:
+def _ladder_row(
+    x: Variant, current: Variant, setups: tuple[Setup, ...], texts: tuple[TextSetup, ...], measured: Facts | None
+) -> LadderRow:
+    """measured: where `eval` measured some variant, so that the smoke test's figure has no place here."""
     c = x.contents
     return LadderRow(
         current=x.id == current.id,
@@ -274,9 +285,9 @@ def _ladder_row(x: Variant, current: Variant, setups: tuple[Setup, ...], texts: 
         bpw=fmt.bpw(c.text_bpw) if c else x.missing,
         decode=_decode(x),
         speedup=_speedup(x),
-        kld=_kld(x),
+        kld=_quality(measured, x) if measured else _kld(x),
         mark=next((s.mark for s in setups if x.id in s.ids), ""),
-        kld_mark=next((t.mark for t in texts if x.id in t.ids), ""),
+        kld_mark="" if measured else next((t.mark for t in texts if x.id in t.ids), ""),
     )
 
 
@@ -303,6 +314,27 @@ def _kld(x: Variant) -> str:
         return fmt.not_measured(x.no_smoke)
     failed = next((f"the smoke test failed at “{k.name}”" for k in x.smoke.checks if k.passed is False), "")
     return fmt.number(x.smoke.kld, failed or "the smoke test gave none", fmt.kld)
+
+
+def _quality(facts: Facts, x: Variant) -> str:
+    entry = facts.standings.entry(x.id)
+    text = entry.corpus("text")
+    return fmt.small(text.kld.value) if text and text.kld else fmt.not_measured(entry.why)
+
+
+def _with_probes(v: Variant, c: Contents) -> tuple[BitRow, ...]:
+    """The first row of each class says what the class was measured to cost as a whole, where that is on record."""
+    out, told = [], set()
+    for r in c.rows:
+        found = [p for p in v.build.probes if p.label == r.cls and math.isfinite(p.measured)] if v.build else []
+        if r.passthrough or r.cls in told or not found:
+            out.append(r)
+            continue
+        told.add(r.cls)
+        count = sum(x.tensors for x in c.rows if x.cls == r.cls and not x.passthrough)
+        figures = ", ".join(f"at {p.bits} bits {fmt.small(p.measured)}" for p in sorted(found, key=lambda p: p.bits))
+        out.append(replace(r, probe=f"{f'all {count}' if count > 1 else 'alone'} {figures}"))
+    return tuple(out)
 
 
 def _speed_rows(v: Variant) -> Iterable[SpeedRow]:

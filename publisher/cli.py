@@ -168,17 +168,47 @@ def plan(options: Options, ids: tuple[str, ...]) -> None:
 @main.command()
 @some_ids
 @all_flag
+@click.option("--freeze", is_flag=True, help="Write them beside variants.yaml; builds then use them as they are.")
+@common
+def allocate(options: Options, ids: tuple[str, ...], all_variants: bool, freeze: bool) -> None:
+    """Formats that the allocator chooses for `size:` variants, class by class, and why."""
+    from . import show
+    from .survey import allocate as run
+
+    project = options.project
+    seen, frozen = run(project, project.select(ids, all_variants), bool(ids), options.hub, freeze)
+    options.show(show.allocations_json(seen, frozen), lambda: show.allocations_text(seen, frozen))
+
+
+@main.command()
+@click.option("--force", is_flag=True, help="Collect again what is there already.")
+@common
+def calibrate(options: Options, force: bool) -> None:
+    """Collect statistics of the base over a calibration text, for solvers and the allocator. A killed run resumes."""
+    from . import show
+    from .calibrate import calibrate as run
+
+    done = run(options.project, options.hub, options.report, force)
+    options.show(show.calibrated_json(done), lambda: show.calibrated_text(done))
+
+
+@main.command()
+@some_ids
+@all_flag
 @click.option("--force", is_flag=True, help="Do every step again, current or not.")
 @click.option("--skip", multiple=True, type=click.Choice(["smoke", "bench", "card"]), help="Leave a step out.")
+@click.option("--eval", "evaluate", is_flag=True, help="Measure the quality too, as publish eval does.")
 @common
-def build(options: Options, ids: tuple[str, ...], all_variants: bool, force: bool, skip: tuple[str, ...]) -> None:
+def build(
+    options: Options, ids: tuple[str, ...], all_variants: bool, force: bool, skip: tuple[str, ...], evaluate: bool
+) -> None:
     """Quantize, smoke-test, benchmark and document what is not current. A killed build resumes."""
     from . import show
     from .build import build as run
 
     project = options.project
     chosen = project.select(ids, all_variants)
-    outcomes = run(project, chosen, options.hub, options.report, force, skip)
+    outcomes = run(project, chosen, options.hub, options.report, force, skip, evaluate)
     options.show(show.outcomes_json(outcomes), lambda: show.outcomes_text(project, outcomes))
     failed = [o for o in outcomes if o.failed]
     if failed:
@@ -199,6 +229,36 @@ def smoke(options: Options, ids: tuple[str, ...]) -> None:
 def bench(options: Options, ids: tuple[str, ...]) -> None:
     """Run the benchmark again on built variants, with the BF16 row in the same run."""
     _again(options, ids, "bench")
+
+
+@main.command("eval")
+@some_ids
+@all_flag
+@click.option("--baselines", is_flag=True, help="Measure mlx-lm's uniform and the published recipe in the same way.")
+@click.option("--compare", nargs=2, metavar="A B", help="Also the paired difference of two variants, A minus B.")
+@click.option("--force", is_flag=True, help="Measure again what is current.")
+@common
+def evaluate(
+    options: Options,
+    ids: tuple[str, ...],
+    all_variants: bool,
+    baselines: bool,
+    compare: tuple[str, str] | None,
+    force: bool,
+) -> None:
+    """Measure how far built variants are from BF16: KL divergence, agreement, perplexity, greedy text."""
+    from . import show
+    from .evaluate import compare_variants, evaluate
+
+    project = options.project
+    asked = {*ids, *(compare or ())}
+    chosen = project.select(asked, all_variants) if asked or all_variants or not baselines else []
+    evaluate(project, chosen, options.hub, options.report, force, baselines)
+    pairs = compare_variants(project, *compare) if compare else []
+    options.show(
+        show.qualities_json(project, chosen, compare, pairs),
+        lambda: show.qualities_text(project, chosen, compare, pairs),
+    )
 
 
 def _again(options: Options, ids: tuple[str, ...], step: str) -> None:
@@ -225,7 +285,7 @@ def card(options: Options, ids: tuple[str, ...], all_variants: bool, check: bool
     """Render model cards again from recorded results. Weights are not touched."""
     from . import show
     from .base import resolve_base
-    from .build import card_texts, render_cards, require_built
+    from .build import card_figures, card_texts, render_cards, require_built
 
     project = options.project
     chosen = project.select(ids, all_variants or check)
@@ -240,7 +300,7 @@ def card(options: Options, ids: tuple[str, ...], all_variants: bool, check: bool
         )
         return
     texts = card_texts(project, base.folder, chosen)
-    stale = show.card_diffs(project, texts)
+    stale = show.card_diffs(project, texts, card_figures(project, base.folder, chosen))
     options.show({"stale": stale}, lambda: "\n".join(stale.values()) if stale else f"{len(texts)} cards are current")
     if stale:
         raise CheckFailed(f"cards not current: {', '.join(stale)}; run: publish card --all")
@@ -400,8 +460,9 @@ def init(options: Options, base: str, revision: str, owner: str | None, imatrix:
         raise InputError(f"{options.file}: exists already; give --force to replace it")
     text = starter(base, options.file.absolute().parent, revision, owner, imatrix)
     write_text(options.file, text)
+    steps = "publish plan" if imatrix else "publish plan and publish calibrate"
     options.show(
-        {"written": str(options.file)}, lambda: f"{options.file} written; next: publish plan, then publish build --all"
+        {"written": str(options.file)}, lambda: f"{options.file} written; next: {steps}, then publish build --all"
     )
 
 

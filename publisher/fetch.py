@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BASE_FILES = [
     "config.json", "model*.safetensors", "model.safetensors.index.json", "generation_config.json", "tokenizer*",
     "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*processor*.json",
-    "LICENSE*", "NOTICE*", "README.md",
+    "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md",
 ]  # fmt: skip
 
 LARGE_BYTES = 32 << 20  # files above come in small groups, so that progress can be told

@@ -9,7 +9,8 @@ from pathlib import Path
 from inference.errors import InputError
 
 from .card import check_card, machine_paths
-from .schema import Manifest, Smoke
+from .protocol import kld_ceiling
+from .schema import Manifest, Quality, Smoke
 from .store import read_model
 from .variants import Project
 from .verify import verify_folder
@@ -46,6 +47,7 @@ def gate(project: Project, id: str, *, expected_card: str | None = None, stale: 
             refusals.append(f"{id}: {check.name}: {check.detail}; {step}")
     refusals += [f"{id}: {reason}" for reason in stale]
     refusals += _smoke(project, id, manifest)
+    refusals += _quality(project, id, manifest)
     refusals += [r for name in ("config.json", "manifest.json") for r in _paths(folder / name, id)]
     refusals += _card(folder, id, expected_card)
     return refusals
@@ -78,6 +80,30 @@ def _smoke(project: Project, id: str, manifest: Manifest) -> list[str]:
     return []
 
 
+def _quality(project: Project, id: str, manifest: Manifest) -> list[str]:
+    """Only where a ceiling is set."""
+    ceiling = kld_ceiling(project, id, manifest.inputs.bits)
+    if ceiling is None:
+        return []
+    path = project.store.results(manifest.weights_hash) / "quality.json"
+    try:
+        quality = read_model(path, Quality)
+    except InputError as e:
+        return [str(e)]
+    if quality is None or quality.weights_hash != manifest.weights_hash:
+        return [f"{id}: kld_ceiling is set, but the quality of these weights is not measured; run `publish eval {id}`"]
+    text = next((d for d in quality.corpora if d.corpus == "text"), None)
+    if text is None or text.kld is None or text.nonfinite:
+        bad = f"{text.nonfinite} of {text.positions} positions are not finite" if text else "no text was measured"
+        return [f"{id}: kld_ceiling is set, but {bad}; change the recipe and run `publish build {id}`"]
+    if text.kld.value > ceiling:
+        return [
+            f"{id}: mean KL {text.kld.value:.4g} nats a token over the evaluation text, kld_ceiling {ceiling:g}; "
+            f"change the recipe and run `publish build {id}`"
+        ]
+    return []
+
+
 def _paths(path: Path, id: str) -> list[str]:
     """Paths of a machine in a JSON file that is published. What does not parse is told by others."""
     try:
@@ -107,6 +133,9 @@ def _card(folder: Path, id: str, expected: str | None) -> list[str]:
     refusals += [
         f"{id}: README.md: {fault}; correct the template and run `publish card {id}`" for fault in check_card(text)
     ]
+    for name in dict.fromkeys(re.findall(r"\]\((images/[^\s)#]+)", text)):
+        if not (folder / name).is_file():
+            refusals.append(f"{id}: README.md shows {name}, which is not there; run `publish card {id}`")
     named = re.search(r"\A---\n(?:(?!---\n).*\n)*?license: *\S", text)
     if not named and not any(p.name.upper().startswith("LICENSE") for p in folder.iterdir()):
         refusals.append(f"{id}: no licence in the folder or the card; set `card.license` and run `publish card {id}`")

@@ -91,7 +91,7 @@ class _Run:
 
 def _smoke(project: Project, id: str, manifest: Manifest, ref: Reference, run: _Run, report: Report) -> Smoke:
     with report.bar(f"{id}: smoke"), _model(project, id) as model:
-        verdict = smoke(project, model, ref, ceiling(project, id))
+        verdict = smoke(project, model, ref, ceiling(project, id, manifest.inputs.bits))
     return _verdict(project, id, manifest, verdict, run)
 
 
@@ -101,7 +101,7 @@ def _verdict(project: Project, id: str, manifest: Manifest, verdict: Verdict, ru
         weights_hash=manifest.weights_hash,
         base_hash=manifest.inputs.base.source_hash,
         settings=smoke_settings(project),
-        ceiling=ceiling(project, id),
+        ceiling=ceiling(project, id, manifest.inputs.bits),
         passed=verdict.passed,
         kld=verdict.kld,
         kld_tokens=verdict.kld_tokens,

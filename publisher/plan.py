@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -15,14 +15,16 @@ from inference.layout import Target
 from quant.awq import scalable
 from quant.recipe import Recipe, RuleError, TensorPlan, applied_layers, resolve, rule_bits
 
+from .allocation import ALLOCATED, Sized, Sources, sized
 from .schema import BaseInput, BuildInputs, ImatrixInput, RuleInput
+from .sizes import CONTEXT
 from .store import digest
 from .variants import Project
 
-CONTEXT = 8192  # tokens of context for which a plan states the memory
 INTERPRETER = 250_000_000  # Python, MLX and the tables of a large model; measured 0.15 to 0.2 GB
 BANDS = 400_000_000  # `quant.convert`: source, float32 and packed forms of the bands in flight
 OTHER_FILES = 30_000_000  # tokenizer, licence, card: an allowance, not a measurement
+AGAIN = "run publish allocate {} --freeze, or delete the frozen file"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class VariantPlan:
     text_nbytes: int
     text_params: int
     run_nbytes: int  # text weights and caches at CONTEXT tokens: what running it takes, workspace aside
+    applied: Recipe | None = None  # whose rules made `plans`; None: made by size and not allocated yet
+    sized: Sized | None = (
+        None  # of a variant made by size. While it is not allocated, the bytes are those of its budget
+    )
 
     @property
     def bpw(self) -> float:
@@ -70,40 +76,78 @@ def quant_table(config: dict[str, Any]) -> ModuleType:
     return importlib.import_module(f"quant.{family_of(config)}")
 
 
-def plan_variant(project: Project, id: str, checkpoint: Checkpoint, targets: Sequence[Target]) -> VariantPlan:
-    """Raises InputError where the recipe does not fit the model."""
-    spec, recipe = project.variant(id), project.recipe(id)
+def plan_variant(
+    project: Project, id: str, checkpoint: Checkpoint, targets: Sequence[Target], found: Sources | None = None
+) -> VariantPlan:
+    """found: what is on disk for a variant made by size. Raises InputError where recipe or size do not fit the model."""
     table = quant_table(checkpoint.config)
     kept = select_targets(project, id, targets)
+    size = sized(project, id, checkpoint, kept, table, found or Sources()) if project.size(id) else None
+    bits = size.bits if size else project.variant(id).bits
+    recipe = size.recipe if size else project.recipe(id)
+    assert bits is not None
+    try:
+        plans = _resolve(project, id, kept, table, recipe, bits, size) if recipe else []
+    except InputError:
+        if not (size and size.source == "built"):
+            raise
+        # what was built is of another model: nothing to go by, and no mistake
+        size, recipe, plans = replace(size, allocation=None, recipe=None, source=""), None, []
+    names = names_of(checkpoint.config)
+    caches = names.cache_nbytes(names.read_config(checkpoint.config), CONTEXT)
+    text_nbytes = sum(p.nbytes for p in plans if p.target.part == "text")
+    nbytes = sum(p.nbytes for p in plans)
+    if size and not recipe:
+        text_nbytes = min(size.budget, sum(t.nbytes for t in kept if t.part == "text"))
+        nbytes = text_nbytes + size.other
+    return VariantPlan(
+        id=id,
+        repo=project.repo(id),
+        recipe=recipe.name if recipe else ALLOCATED,
+        bits=bits,
+        plans=tuple(plans),
+        rows=tuple(class_rows(plans, [c.label for c in table.CLASSES])),
+        nbytes=nbytes,
+        params=sum(t.params for t in kept),
+        text_nbytes=text_nbytes,
+        text_params=sum(t.params for t in kept if t.part == "text"),
+        run_nbytes=text_nbytes + caches,
+        applied=recipe,
+        sized=size,
+    )
+
+
+def _resolve(
+    project: Project,
+    id: str,
+    kept: Sequence[Target],
+    table: ModuleType,
+    recipe: Recipe,
+    bits: int,
+    size: Sized | None,
+) -> list[TensorPlan]:
     try:
         plans = resolve(
             recipe,
-            spec.bits,
+            bits,
             project.group_size(id),
             kept,
             table.CLASSES,
             scalable(table.AWQ_GROUPS),
-            project.imatrix(id) is not None and recipe.awq_exponent > 0,
+            project.imatrix(id) is not None and recipe.awq_exponent != 0,
         )
     except RuleError as e:
+        if size and size.source == "frozen":
+            raise InputError(f"{project.frozen_path(id)}: does not fit this model ({e}); {AGAIN.format(id)}") from None
         raise InputError(f"{project.at(*project.rule_keys(id, e.rule))}: {e}") from None
-    text = [p for p in plans if p.target.part == "text"]
-    names = names_of(checkpoint.config)
-    caches = names.cache_nbytes(names.read_config(checkpoint.config), CONTEXT)
-    text_nbytes = sum(p.nbytes for p in text)
-    return VariantPlan(
-        id=id,
-        repo=project.repo(id),
-        recipe=recipe.name,
-        bits=spec.bits,
-        plans=tuple(plans),
-        rows=tuple(class_rows(plans, [c.label for c in table.CLASSES])),
-        nbytes=sum(p.nbytes for p in plans),
-        params=sum(p.target.params for p in plans),
-        text_nbytes=text_nbytes,
-        text_params=sum(p.target.params for p in text),
-        run_nbytes=text_nbytes + caches,
-    )
+    if size and size.allocation:
+        taken = sum(p.nbytes for p in plans if p.target.part == "text")
+        if taken != size.allocation.nbytes:  # of another model
+            raise InputError(
+                f"{project.at('variants', id, 'size')}: the allocation takes {taken} bytes of this model, not the "
+                f"{size.allocation.nbytes} that it was made for; {AGAIN.format(id)}"
+            )
+    return plans
 
 
 def select_targets(project: Project, id: str, targets: Sequence[Target]) -> list[Target]:
@@ -134,10 +178,17 @@ def class_rows(plans: Sequence[TensorPlan], order: Sequence[str] = ()) -> list[C
 
 
 def build_inputs(
-    project: Project, plan: VariantPlan, base: BaseInput, imatrix: ImatrixInput | None, solver: str, version: int
+    project: Project,
+    plan: VariantPlan,
+    base: BaseInput,
+    imatrix: ImatrixInput | None,
+    statistics: str | None,
+    version: int,
 ) -> BuildInputs:
-    """All that the weights of a variant depend on. An imatrix that scales no tensor is no input."""
-    recipe = project.recipe(plan.id)
+    """All that the weights of a variant depend on. An imatrix that scales no tensor and weighs no error is no
+    input. statistics: key of what `publish calibrate` collects; it is one where the solver uses it."""
+    recipe = plan.applied
+    assert recipe is not None, "a variant that is not allocated has no inputs"
     scaled = any(p.awq for p in plan.plans)
     return BuildInputs(
         base=base,
@@ -146,11 +197,13 @@ def build_inputs(
         group_size=project.group_size(plan.id),
         rules=rule_inputs(recipe, plan.bits),
         assignment=assignment(plan.plans),
+        allocation=plan.sized.input() if plan.sized else None,
         awq_exponent=recipe.awq_exponent if scaled else None,
-        imatrix=imatrix if scaled else None,
+        imatrix=imatrix if scaled or project.solves_by_imatrix(plan.id) else None,
         mtp=project.mtp(plan.id),
         vision=project.vision(plan.id),
-        solver=solver,
+        solver=project.solver(plan.id),
+        statistics=statistics if project.solves_by_statistics(plan.id) else None,
         quant_version=version,
     )
 

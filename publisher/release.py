@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from inference.errors import GateRefused, PublishError
 
-from .build import card_texts
+from .build import card_figures, card_texts
 from .gate import gate
 from .hub import Hub
+from .protocol import kld_ceiling
 from .push import PushPlan, execute, plan_push
 from .report import Report
 from .schema import Receipt
@@ -29,16 +30,26 @@ def prepare(
     """
     hub.require_online("push")
     seen = survey(project, lambda: hub, cards=False, ids=ids)
-    cards = card_texts(project, seen.base.folder, ids)
+    cards, figures = card_texts(project, seen.base.folder, ids), card_figures(project, seen.base.folder, ids)
     refusals = [
-        r for id in ids for r in gate(project, id, expected_card=cards.get(id), stale=list(_stale(seen.rungs[id])))
+        r
+        for id in ids
+        for r in gate(
+            project,
+            id,
+            expected_card=cards.get(id),
+            stale=[
+                *_stale(project, seen.rungs[id]),
+                *(f"{line}; run `publish card {id}`" for line in figures.get(id, ())),
+            ],
+        )
     ]
     if refusals:
         raise GateRefused("\n  ".join(["not ready to leave:", *refusals]) if len(refusals) > 1 else refusals[0])
     return [plan_push(hub, project, id, private=private, create_pr=create_pr, overwrite=overwrite) for id in ids]
 
 
-def _stale(rung: Rung) -> Iterator[str]:
+def _stale(project: Project, rung: Rung) -> Iterator[str]:
     """What on disk is not of today's variants.yaml, base and imatrix. A benchmark may be old: then the card says so.
 
     What is missing altogether is the gate's own to tell.
@@ -48,6 +59,13 @@ def _stale(rung: Rung) -> Iterator[str]:
         yield f"weights are stale ({'; '.join(state.weights)}); run `publish build {rung.id}`"
     elif rung.smoke and state.smoke:
         yield f"the smoke test is stale ({'; '.join(state.smoke)}); run `publish smoke {rung.id}`"
+    if (
+        rung.quality
+        and not state.weights
+        and state.quality
+        and kld_ceiling(project, rung.id, rung.plan.bits) is not None
+    ):
+        yield f"kld_ceiling is set, but the quality is stale ({'; '.join(state.quality)}); run `publish eval {rung.id}`"
 
 
 @exclusive

@@ -1,7 +1,7 @@
 """Every file on disk that this tool reads or writes, as frozen pydantic models: one place for their shape.
 
 variants.yaml → `Ladder`; variants.lock → `Lock`; out/<ID>/manifest.json → `Manifest`; out/results/<weights hash>/ →
-`BuildRecord`, `Smoke`, `Bench`; out/receipts/ → `Receipt`. An unknown key is an error everywhere. Units stand in the
+`BuildRecord`, `Smoke`, `Bench`, `Quality`; out/receipts/ → `Receipt`. An unknown key is an error everywhere. Units stand in the
 names: nbytes, _s, _gb (1e9 bytes), tps (tokens a second).
 """
 
@@ -12,8 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from .sizes import parse_size
+
 Bits = Literal[2, 3, 4, 5, 6, 8]
 GroupSize = Literal[32, 64, 128]
+Solver = Literal["rtn", "ls", "gptq"]
+AwqExponent = Annotated[float, Field(ge=0, le=2)] | Literal["search"]
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 VariantId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 HubId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+$", max_length=96)]
@@ -93,24 +97,68 @@ class RecipeSpec(File):
 
     extends: str | None = Field(default=None, description="recipe whose rules follow after these")
     rules: list[RuleSpec] = Field(default_factory=list, description="tried in order")
-    awq_exponent: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        default=None, description="scales are E[x²]^(exponent/2); 1 is the reference, 0 none"
+    awq_exponent: AwqExponent | None = Field(
+        default=None, description="scales are E[x²]^(exponent/2): 1 the reference, 0 none, search one for each group"
+    )
+    solver: Solver | None = Field(
+        default=None, description="how codes are chosen: rtn (nearest), ls (least squares), gptq; default: rtn"
     )
     smoke_kld: dict[Bits, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
         default=None, description="smoke test: largest mean KL divergence from BF16, nats a token, by base bits"
     )
+    kld_ceiling: dict[Bits, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        default=None, description="release: largest mean KL divergence over the evaluation text, nats a token, by bits"
+    )
     origin: str = Field(default="", description="where rules and reasons come from; printed on the card")
+
+
+class FloorSpec(File):
+    """A least width for the tensors that the allocator is free to choose for."""
+
+    match: str = Field(min_length=1, description="glob over module paths; * crosses dots, {a,b} are alternatives")
+    bits: Bits | Literal["bf16"] = Field(description="at least these bits")
+    optional: bool = Field(False, description="matching nothing is no error")
+
+
+class AllocationSpec(File):
+    """What the allocator of `size:` variants may not choose."""
+
+    pins: list[RuleSpec] = Field(default_factory=list, description="rules whose tensors are not allocated")
+    floors: list[FloorSpec] = Field(default_factory=list, description="least bits by pattern; the first match decides")
+
+    @field_validator("pins")
+    @classmethod
+    def _pins(cls, value: list[RuleSpec]) -> list[RuleSpec]:
+        return [_pin(rule) for rule in value]
+
+
+def _pin(rule: RuleSpec) -> RuleSpec:
+    if isinstance(rule.bits, str) and rule.bits.startswith("N"):
+        raise ValueError(f"expected bits of a pin as a number or bf16, found {rule.bits} for {rule.match}")
+    if rule.awq:
+        raise ValueError(f"expected no awq in a pin ({rule.match}): nothing is scaled where bits are allocated")
+    return rule
 
 
 class VariantSpec(File):
     """One rung of the ladder. What is absent is taken from the top of the file."""
 
-    bits: Bits = Field(description="base bits N of the recipe")
+    bits: Bits | None = Field(default=None, description="base bits N of the recipe; or give size")
+    size: str | None = Field(
+        default=None,
+        description='instead of bits: "5 GB", "fits 16 GB", "4.5 bpw" or "as unsloth 4"; the allocator chooses the formats',
+    )
     recipe: str | None = None
-    rules: list[RuleSpec] = Field(default_factory=list, description="this variant's own rules, tried first")
+    rules: list[RuleSpec] = Field(
+        default_factory=list, description="this variant's own rules, tried first; with size they are pins"
+    )
     group_size: GroupSize | None = None
-    awq_exponent: Annotated[float, Field(ge=0, le=2)] | None = None
+    awq_exponent: AwqExponent | None = None
+    solver: Solver | None = Field(default=None, description="how this variant's codes are chosen")
     smoke_kld: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    kld_ceiling: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="release: largest mean KL divergence over the evaluation text, nats a token"
+    )
     imatrix: Annotated[ImatrixSource | Literal[False], BeforeValidator(_source)] | None = Field(
         default=None, description="this variant's imatrix; false for none"
     )
@@ -118,6 +166,22 @@ class VariantSpec(File):
     vision: Literal["keep", "drop"] | None = None
     repo: HubId | None = Field(default=None, description="full repo id; default: owner and the name pattern")
     note: str = Field(default="", max_length=500, description="the variant's note in the collection")
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        return value if value is None else parse_size(value).text
+
+    @model_validator(mode="after")
+    def _one(self) -> VariantSpec:
+        if (self.bits is None) == (self.size is None):
+            raise ValueError("expected either bits or size" + ("" if self.bits is None else ", not both"))
+        if self.size is not None:
+            if self.awq_exponent:
+                raise ValueError("expected no awq_exponent with size: nothing is scaled where bits are allocated")
+            for rule in self.rules:
+                _pin(rule)
+        return self
 
 
 class SmokeSpec(File):
@@ -138,6 +202,38 @@ class SmokeSpec(File):
     seed: int = 0
     text: str | None = Field(default=None, description="file with the fixed text for the divergence; default: bundled")
     text_tokens: Annotated[int, Field(ge=32, le=8192)] = 512
+
+
+class EvaluationSpec(File):
+    """What `publish eval` measures over."""
+
+    text: str | None = Field(default=None, description="UTF-8 file with the evaluation text; default: bundled")
+    chat: str | None = Field(default=None, description="JSON file with conversations; default: bundled")
+    windows: Annotated[int, Field(ge=2, le=4096)] = Field(default=24, description="windows of the text, at most")
+    context: Annotated[int, Field(ge=16, le=32768, multiple_of=2)] = Field(default=512, description="tokens a window")
+    chat_context: Annotated[int, Field(ge=64, le=32768)] = Field(
+        default=2048, description="tokens of a conversation that are used, at most"
+    )
+    greedy_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(
+        default=64, description="tokens of each greedy continuation, at most"
+    )
+
+
+class CalibrationSpec(File):
+    """What `publish calibrate` collects statistics over."""
+
+    text: str | None = Field(default=None, description="UTF-8 file with the calibration text; default: bundled")
+    chat: bool | str = Field(
+        default=True, description="JSON file with conversations, true for the bundled ones, false for none"
+    )
+    tokens: Annotated[int, Field(ge=64, le=1 << 24)] = Field(
+        default=131072, description="tokens at most; conversations take up to half of them"
+    )
+    context: Annotated[int, Field(ge=32, le=32768)] = Field(default=1024, description="tokens a window")
+    fisher_tokens: Annotated[int, Field(ge=1, le=1 << 22)] = Field(
+        default=32768, description="tokens that also run backwards, for the sensitivity of every output channel"
+    )
+    seed: Annotated[int, Field(ge=0, le=1 << 30)] = Field(default=0, description="of the labels that the model draws")
 
 
 class BenchSpec(File):
@@ -181,13 +277,20 @@ class Ladder(File):
     quantized_by: str | None = Field(default=None, description="default: owner")
     output: str = Field(default="build", description="folder for everything built, relative to variants.yaml")
     recipe: str = Field(default="unsloth", description="default recipe of the variants")
+    solver: Solver | None = Field(
+        default=None,
+        description="how codes are chosen, whatever the recipe says; default: the recipe's, gptq with size",
+    )
     recipes: dict[str, RecipeSpec] = Field(default_factory=dict, description="recipes of your own, by name")
+    allocation: AllocationSpec = AllocationSpec()
     group_size: GroupSize = Field(default=64, description="weights that share a scale, unless a rule says otherwise")
     imatrix: Annotated[ImatrixSource, BeforeValidator(_source)] | None = None
     mtp: Literal["drop", "keep", "split"] = Field(default="drop", description="the multi-token-prediction head")
     vision: Literal["keep", "drop"] = Field(default="keep", description="the vision tower; kept in bf16")
     smoke: SmokeSpec = SmokeSpec()
     bench: BenchSpec = BenchSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
     card: CardSpec = CardSpec()
     collection: CollectionSpec | None = None
     variants: dict[VariantId, VariantSpec] = Field(min_length=1, description="the ladder, smallest first")
@@ -258,6 +361,13 @@ class BaseInput(File):
     files_hash: str  # over config.json and the files that are copied: tokenizer, template, processor, licence
 
 
+class AllocationInput(File):
+    """Where the rules of an allocated variant came from: told when they change, of no weight themselves."""
+
+    size: str
+    costs: Sha256
+
+
 class BuildInputs(File):
     """Everything that the weights depend on; two builds with equal inputs have equal bytes."""
 
@@ -267,12 +377,61 @@ class BuildInputs(File):
     group_size: int
     rules: list[RuleInput]
     assignment: Sha256  # over (module, format, awq) of every tensor: what the rules come to
-    awq_exponent: float | None  # null where no tensor is scaled
+    allocation: AllocationInput | None = None  # null where a recipe chose the formats
+    awq_exponent: float | Literal["search"] | None  # null where no tensor is scaled
     imatrix: ImatrixInput | None
     mtp: str
     vision: str
     solver: str
+    statistics: Sha256 | None = None  # key of what `publish calibrate` collected, where the solver uses it
     quant_version: int
+
+
+class CostProbe(File):
+    """A whole class of tensors rounded at one width: what that was expected to cost, and what it did."""
+
+    label: str  # of the class
+    bits: Bits
+    group_size: GroupSize
+    predicted: float  # nats of KL divergence a token
+    measured: float
+
+
+class Costs(File):
+    """out/statistics/<key>/costs.json: what each format of each module was measured to cost on this model."""
+
+    schema_version: Literal[1] = 1
+    statistics: Sha256  # digest of the statistics
+    solver: str  # that the errors are of
+    version: int  # of the measurement
+    modules: dict[
+        str,
+        dict[
+            Annotated[str, StringConstraints(pattern=r"^[234568]/(32|64|128)$")],
+            Annotated[float, Field(ge=0, allow_inf_nan=False)],
+        ],
+    ]  # module → "bits/group_size" → nats of mean KL divergence a token
+    probes: list[CostProbe] = Field(default_factory=list)  # of the base as it is, over part of the calibration text
+    probe_tokens: int = 0
+    wall_s: float = 0
+
+
+class Allocation(File):
+    """The formats that the allocator chose, as rules. A frozen one is variants.allocations/<ID>.yaml; manifest.json holds
+    the one that was built."""
+
+    schema_version: Literal[1] = 1
+    size: str  # as in variants.yaml
+    constraints: Sha256  # of pins and floors
+    budget_nbytes: int  # of the language model
+    nbytes: int  # of the language model, as chosen
+    workspace_nbytes: int | None = None  # that a memory size left for prefill
+    predicted_kld: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # sum of the costs, nats a token
+    costs: Sha256  # of costs.json
+    statistics: Sha256
+    solver: str
+    version: int
+    rules: list[RuleSpec]
 
 
 class FileEntry(File):
@@ -286,6 +445,22 @@ class TensorEntry(File):
     dtype: str
     shape: list[int]
     sha256: Sha256
+
+
+class CalibrationText(File):
+    """A text that statistics were collected over, and what of it was used."""
+
+    name: str  # text, chat; tokens: given as ids
+    sha256: Sha256
+    tokens: int
+
+
+class CalibrationInput(File):
+    """What the statistics of `inputs.statistics` were collected over, and how: for cards, and to collect them again."""
+
+    texts: list[CalibrationText]
+    tokens: int
+    settings: CalibrationSpec  # texts of the user's own by their file's name
 
 
 class Manifest(File):
@@ -302,6 +477,9 @@ class Manifest(File):
     text_nbytes: int  # without vision and MTP
     files: list[FileEntry]
     tensors: list[TensorEntry]
+    allocation: Allocation | None = None  # of a variant made by size: its rules with their reasons
+    awq_exponents: dict[str, dict[str, float]] = Field(default_factory=dict)  # searched: group → layer → it
+    calibration: CalibrationInput | None = None  # where the solver used statistics
 
 
 class BaseCache(File):
@@ -337,6 +515,8 @@ class BuildRecord(File):
     bytes_written: int
     peak_gb: float
     device: Device
+    probes: list[CostProbe] = Field(default_factory=list)  # of costs.json, as it was then: measured on this model
+    probe_tokens: int = 0
 
 
 class Check(File):
@@ -391,6 +571,169 @@ class Bench(File):
     bf16: Speed
     device: Device
     measured_at: str
+
+
+class Interval(File):
+    """A figure and its 95 % interval, by resampling whole windows."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Divergence(File):
+    """A model against the base in BF16 over one corpus. Figures are null where no scored position is finite."""
+
+    corpus: str  # text or chat
+    teacher: Sha256  # of the base, the tokens and the arithmetic: only figures of one teacher may be compared
+    windows: int
+    context: int  # tokens of the longest window
+    positions: int  # scored
+    nonfinite: int  # of these, left out of every figure
+    kld: Interval | None  # mean, nats a token
+    kld_median: float | None
+    kld_p99: float | None
+    kld_p999: Interval | None
+    kld_max: float | None
+    top1: Interval | None  # share of positions at which both prefer the same token
+    dp_rms: Interval | None  # root of the mean squared change of the true token's probability
+    ln_ppl_ratio: Interval | None  # ln(perplexity / perplexity of the base), paired
+    ppl: float | None
+    ppl_base: float | None
+    window_positions: list[int]  # finite ones, a window
+    window_kld: list[float | None]  # mean a window, for paired comparison
+    window_top1: list[float | None]
+    window_ln_ratio: list[float | None]
+
+
+class Greedy(File):
+    """Free-running greedy continuations against BF16's: how long they are the same."""
+
+    prompts: int
+    max_tokens: int
+    agreed: list[int]  # tokens before the first difference, a prompt
+    lengths: list[int]  # tokens of BF16's continuation
+    mean: float
+    median: float
+    identical: float  # share of prompts whose whole continuation is the same
+
+
+class Overlap(File):
+    """Token sequences that evaluation and calibration text share; more than none is refused."""
+
+    ngram: int  # tokens
+    shared: int
+
+
+class Quality(File):
+    """What `publish eval` found about one set of weights."""
+
+    schema_version: Literal[1] = 1
+    version: int
+    weights_hash: Sha256
+    base_hash: str
+    settings: str  # hash of corpora, windows, prompts, resampling
+    nbytes: int  # of all stored tensors
+    text_nbytes: int
+    text_params: int
+    bpw: float  # bits a weight of the language model
+    corpora: list[Divergence]
+    control: list[Divergence]  # BF16 against BF16 computed another way: the noise floor
+    greedy: Greedy | None
+    greedy_control: Greedy | None
+    missing: list[str]  # what could not be measured, and why
+    text_hash: Sha256  # of the evaluation text's bytes
+    chat_hash: Sha256 | None
+    calibration_hash: Sha256  # of the calibration's texts
+    overlap: Overlap
+    compute: str  # the type that all rows computed in
+    device: Device
+    wall_s: float
+    measured_at: str
+
+
+class Teacher(File):
+    """out/teacher/<key>/teacher.json: what the states beside it are of."""
+
+    schema_version: Literal[1] = 1
+    key: Sha256
+    base: str
+    corpus: str
+    positions: int
+    hidden_size: int
+    nbytes: int  # of hidden.safetensors
+    sha256: Sha256
+
+
+class Continuations(File):
+    """out/teacher/<key>/greedy.json: BF16's greedy continuations."""
+
+    schema_version: Literal[1] = 1
+    key: Sha256
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+
+class Baseline(File):
+    """A model of somebody else's recipe, measured as the variants are; its weights are not kept."""
+
+    name: str
+    recipe: str
+    bits: int
+    group_size: int
+    imatrix: str | None
+    inputs: Sha256  # hash of all that its weights depend on
+    weights_hash: Sha256  # its quality lies below this hash, as a variant's does
+    nbytes: int
+    text_nbytes: int
+    text_params: int
+
+
+class Baselines(File):
+    """out/baselines.json."""
+
+    schema_version: Literal[1] = 1
+    baselines: list[Baseline]
+
+
+class StatisticsInput(File):
+    """One stored input of one or more linears; `quant.statistics` reads it."""
+
+    name: str
+    file: str
+    modules: list[str]
+    columns: int
+    experts: int | None
+    hessian: Literal["one", "experts", "shared"]
+
+
+class CalibrationRecord(File):
+    """out/statistics/<key>/statistics.json: what went in, and what the files beside it hold."""
+
+    schema_version: Literal[1] = 1
+    version: int  # of the statistics
+    key: Sha256  # over all that they depend on
+    base: str
+    base_hash: Sha256
+    texts: list[CalibrationText]
+    tokens: int
+    windows: int
+    context: int  # tokens of the longest window
+    fisher_windows: int  # that also ran backwards
+    fisher_tokens: int
+    gradient_hessian: bool
+    seed: int
+    inputs: list[StatisticsInput]
+    files: list[FileEntry]
+    wall_s: float  # of the run that finished it
+    resumed_steps: int  # done by runs before, which were killed
+    peak_gb: float  # of the device; of the process where that is the CPU
+    device: Device
+    made_at: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.size for f in self.files)
 
 
 class Receipt(File):

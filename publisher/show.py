@@ -7,22 +7,34 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant.recipe import TensorPlan, layer_of
+
+from .allocation import UNKNOWN
+from .card_bits import layer_text
 from .card_format import size
 from .plan import CONTEXT, VariantPlan, build_memory, disk_needed
-from .schema import Bench, Check, Receipt, Smoke
+from .schema import Baseline, Baselines, Bench, Check, Divergence, Greedy, Quality, Receipt, Smoke
 from .store import read_result, sha256_file
-from .survey import Rung, Survey, read_manifest
+from .survey import Rung, Survey, read_manifest, read_quality
 from .variants import Project
 
 if TYPE_CHECKING:
     from .build import Outcome
+    from .calibrate import Calibrated
+    from .evaluate_figures import Paired
     from .push import PushPlan, RemoteState
 
 GIB = 1 << 30
 NAMES = 12  # of files, before a line says how many more
 SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+UNITS = ("GB is 1e9 bytes, GiB is 2^30 bytes. To run: weights and caches, before workspace.",)
+UNITS_WITH_VISION = (
+    "GB is 1e9 bytes, GiB is 2^30 bytes, vision tower included. Bits a weight: of the language model alone, and of all",
+    "that is stored. To run: language model and caches, before workspace.",
+)
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
@@ -87,6 +99,29 @@ def _plan_row(rung: Rung) -> dict[str, Any]:
             for r in p.rows
         ],
         "stale": {"weights": state.weights, "smoke": state.smoke, "bench": state.bench},
+        "size": _size_json(p),
+    }
+
+
+def _size_json(plan: VariantPlan) -> dict[str, Any] | None:
+    """What a size comes to; null for a variant that a recipe decides. allocation: null before publish calibrate."""
+    sized = plan.sized
+    if sized is None:
+        return None
+    found = sized.allocation
+    return {
+        "text": sized.size.text,
+        "budget_nbytes": sized.budget,
+        "least_nbytes": sized.least,
+        "allocation": {
+            "from": sized.source,
+            "nbytes": found.nbytes,
+            "predicted_kld": found.predicted_kld,
+            "costs": found.costs,
+            "rules": [r.model_dump(mode="json", exclude_defaults=True) for r in found.rules],
+        }
+        if found
+        else None,
     }
 
 
@@ -94,6 +129,7 @@ def plan_text(seen: Survey) -> str:
     rungs = list(seen.rungs.values())
     commit = f" at {seen.base.commit[:12]}" if seen.base.commit else ""
     digits = 2 if rungs[0].plan.nbytes >= 1e9 else 4
+    vision = any(t.part == "vision" for t in seen.base.targets)
     sizes = table(
         (
             "variant",
@@ -101,24 +137,24 @@ def plan_text(seen: Survey) -> str:
             "GB",
             "GiB",
             "bits/weight",
-            "with vision",
+            *(["with vision"] if vision else []),
             f"GB to run, {CONTEXT // 1024}k context",
             "stale",
         ),
         [
             (
                 r.id,
-                f"{r.plan.recipe} N={r.plan.bits}",
+                _how(r.plan),
                 f"{r.plan.nbytes / 1e9:.{digits}f}",
                 f"{r.plan.nbytes / GIB:.{digits}f}",
                 f"{r.plan.text_bpw:.2f}",
-                f"{r.plan.bpw:.2f}",
+                *([f"{r.plan.bpw:.2f}"] if vision else []),
                 f"{r.plan.run_nbytes / 1e9:.{digits}f}",
                 _first_reason(r),
             )
             for r in rungs
         ],
-        right=(2, 3, 4, 5, 6),
+        right=(2, 3, 4, 5, 6) if vision else (2, 3, 4, 5),
     )
     stale = [r.plan for r in rungs if r.state.weights]
     need, memory = disk_needed(stale), build_memory(stale)
@@ -130,8 +166,8 @@ def plan_text(seen: Survey) -> str:
             "",
             _classes(rungs),
             "",
-            "GB is 1e9 bytes, GiB is 2^30 bytes, vision tower included. Bits a weight: of the language model alone, and of all",
-            "that is stored. To run: language model and caches, before workspace.",
+            *([told, ""] if (told := _sizes(rungs)) else []),
+            *(UNITS_WITH_VISION if vision else UNITS),
             f"To build {len(stale)} of {len(rungs)}: {need / 1e9:.2f} GB of disk, at most {memory / 1e9:.1f} GB of memory."
             if stale
             else "Weights of all variants are current.",
@@ -146,9 +182,39 @@ def _classes(rungs: Sequence[Rung]) -> str:
     return table(("tensors", *(r.id for r in rungs)), rows)
 
 
+def _how(plan: VariantPlan) -> str:
+    """The recipe and its N, or the size."""
+    return plan.sized.size.text if plan.sized else f"{plan.recipe} N={plan.bits}"
+
+
+def _sizes(rungs: Sequence[Rung]) -> str:
+    """A line for each variant that is made by size: its budget and what is known of its allocation."""
+    lines = []
+    for r in rungs:
+        if (sized := r.plan.sized) is None:
+            continue
+        digits = 3 if sized.budget >= 1e9 else 6
+        budget = f"{sized.budget / 1e9:.{digits}f} GB for the language model"
+        if sized.allocation is None:
+            lines.append(f"{r.id}: {sized.size.text}: {budget}; {UNKNOWN}")
+            continue
+        source = {"frozen": ", frozen", "built": ", as built", "costs": ""}[sized.source]
+        lines.append(
+            f"{r.id}: {sized.size.text}: {sized.allocation.nbytes / 1e9:.{digits}f} of {budget}, predicted KL divergence "
+            f"{sized.allocation.predicted_kld:.4g} nats{source}"
+        )
+    return "\n".join(lines)
+
+
 def _formats(plan: VariantPlan, cls: str) -> str:
     rows = [r for r in plan.rows if r.cls == cls]
-    return " / ".join(dict.fromkeys(f"{r.format}{' +AWQ' if r.awq else ''}" for r in rows))
+    names = [f"{r.format}{' +AWQ' if r.awq else ''}" for r in rows]
+    if not plan.plans:
+        return "–"
+    if not plan.sized or len(set(names)) < 2 or not any(r.group_size for r in rows):
+        return " / ".join(dict.fromkeys(names))
+    counts = {name: sum(r.tensors for r, n in zip(rows, names, strict=True) if n == name) for name in names}
+    return " / ".join(f"{counts[n]} × {n}" for n in sorted(counts, key=lambda n: (len(n), n)))
 
 
 def _first_reason(rung: Rung) -> str:
@@ -157,6 +223,46 @@ def _first_reason(rung: Rung) -> str:
         if reasons:
             return f"{step}: {reasons[0]}" + (f" (+{len(reasons) - 1})" if len(reasons) > 1 else "")
     return "–"
+
+
+# ---------------------------------------------------------------------------------------------- allocate
+
+
+def allocations_json(seen: Survey, frozen: Mapping[str, Path]) -> dict[str, Any]:
+    return {
+        "variants": [
+            {"id": r.id, **(_size_json(r.plan) or {}), "frozen": str(frozen[r.id]) if r.id in frozen else None}
+            for r in seen.rungs.values()
+        ]
+    }
+
+
+def allocations_text(seen: Survey, frozen: Mapping[str, Path]) -> str:
+    """Of each variant its budget, then formats by class and layers, with what the next widths would change."""
+    out = []
+    for r in seen.rungs.values():
+        out.append(_sizes([r]))
+        allocation = r.plan.sized.allocation if r.plan.sized else None
+        if allocation:
+            by_rule: dict[tuple[str, str, str], list[TensorPlan]] = {}
+            for p in r.plan.plans:
+                if p.rule and p.target.part == "text":
+                    form = f"{p.spec.label()}, {p.spec.group_size}" if p.spec else p.target.dtype.lower()
+                    by_rule.setdefault((p.cls, form, p.why), []).append(p)
+            rows = [
+                (cls, form, _layers(found), f"{sum(p.nbytes for p in found) / 1e9:.4f}", why)
+                for (cls, form, why), found in sorted(by_rule.items(), key=lambda item: item[0][:2])
+            ]
+            out.append(table(("tensors", "format, group", "layers", "GB", "why"), rows, right=(3,)))
+        if r.id in frozen:
+            out.append(f"{r.id}: frozen as {frozen[r.id].parent.name}/{frozen[r.id].name}")
+        out.append("")
+    return "\n".join(out)
+
+
+def _layers(plans: Sequence[TensorPlan]) -> str:
+    layers = [i for p in plans if (i := layer_of(p.target.name)) is not None]
+    return layer_text(layers).partition(" ")[2] if layers else ""
 
 
 # ---------------------------------------------------------------------------------------------- status
@@ -175,6 +281,7 @@ def _status_row(project: Project, rung: Rung, remote: RemoteState | None) -> dic
         "built": rung.manifest is not None,
         "current": s.built,
         "stale": {"weights": s.weights, "smoke": s.smoke, "bench": s.bench, "card": s.card},
+        "quality": s.quality,  # reasons why it is not current; `publish eval` is a step of its own
         "smoke_failed": s.failed,
         "weights_hash": rung.manifest.weights_hash if rung.manifest else None,
         "nbytes": rung.manifest.nbytes if rung.manifest else None,
@@ -228,7 +335,8 @@ def _why(row: Mapping[str, Any]) -> str:
     stale = row["stale"]
     if stale["weights"]:
         return f"weights: {'; '.join(stale['weights'])}"
-    return "; ".join(f"{step}: {', '.join(reasons)}" for step, reasons in stale.items() if reasons)
+    steps = {**stale, "quality": row["quality"]}
+    return "; ".join(f"{step}: {', '.join(reasons)}" for step, reasons in steps.items() if reasons)
 
 
 def _pushed_word(pushed: Mapping[str, Any] | None) -> str:
@@ -335,8 +443,8 @@ def cards_text(project: Project, ids: Sequence[str], changed: Iterable[str]) -> 
     )
 
 
-def card_diffs(project: Project, texts: Mapping[str, str]) -> dict[str, str]:
-    """Unified diff, disk against what would be rendered, of every card that is not current."""
+def card_diffs(project: Project, texts: Mapping[str, str], figures: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Unified diff, disk against what would be rendered, of every card that is not current; then its pictures' faults."""
     out = {}
     for id, text in texts.items():
         path = project.store.variant(id) / "README.md"
@@ -347,7 +455,122 @@ def card_diffs(project: Project, texts: Mapping[str, str]) -> dict[str, str]:
                 old.splitlines(True), text.splitlines(True), f"{name} (on disk)", f"{name} (rendered)"
             )
             out[id] = "".join(diff)
+        if figures.get(id):
+            out[id] = "\n".join(filter(None, (out.get(id, ""), *(f"{id}/{line}" for line in figures[id]))))
     return out
+
+
+# ---------------------------------------------------------------------------------------------- eval
+
+
+def qualities_json(
+    project: Project, ids: Sequence[str], compared: Sequence[str] | None, pairs: Sequence[Paired]
+) -> dict[str, Any]:
+    return {
+        "variants": {
+            id: quality.model_dump(mode="json")
+            for id in ids
+            if (m := read_manifest(project, id)) and (quality := read_quality(project, m.weights_hash))
+        },
+        "baselines": [
+            {**b.model_dump(mode="json"), "quality": quality.model_dump(mode="json")}
+            for b, quality in _baselines(project)
+        ],
+        "compared": {
+            "a": compared[0],
+            "b": compared[1],
+            "pairs": [
+                {
+                    "corpus": p.corpus,
+                    "difference": p.difference.model_dump(mode="json"),
+                    "excludes_zero": p.excludes_zero,
+                    "control_kld": p.floor,
+                    "above_control": p.above_floor,
+                }
+                for p in pairs
+            ],
+        }
+        if compared
+        else None,
+    }
+
+
+def qualities_text(
+    project: Project, ids: Sequence[str], compared: Sequence[str] | None, pairs: Sequence[Paired]
+) -> str:
+    """A table a corpus: variants, baselines, and BF16 against itself."""
+    found = [
+        (id, quality)
+        for id in ids
+        if (m := read_manifest(project, id)) and (quality := read_quality(project, m.weights_hash))
+    ]
+    found += [(b.name, quality) for b, quality in _baselines(project)]
+    if not found:
+        return "nothing is measured"
+    lines = []
+    for corpus in dict.fromkeys(d.corpus for _, q in found for d in q.corpora):
+        rows = [_quality_row(name, q, corpus) for name, q in found]
+        last = found[-1][1]
+        control = next((d for d in last.control if d.corpus == corpus), None)
+        if control:
+            rows.append(("BF16, computed another way", "", "", *_figures(control), _greedy(last.greedy_control)))
+        windows = max(d.windows for _, q in found for d in q.corpora if d.corpus == corpus)
+        lines += [f"{corpus}: {windows} {'windows' if corpus == 'text' else 'conversations'}", _quality_table(rows), ""]
+    lines += dict.fromkeys(m for _, q in found for m in q.missing)
+    if compared:
+        lines += [_pair_line(compared, p) for p in pairs]
+    lines.append(
+        "KL: mean, nats a token, with its 95 % interval. Greedy: median tokens as BF16's, share that never differ."
+    )
+    return "\n".join(lines)
+
+
+def _quality_table(rows: Sequence[Sequence[str]]) -> str:
+    headers = ("model", "GB", "bits/weight", "KL", "interval", "p99.9", "top-1", "ln PPL ratio", "greedy")
+    return table(headers, rows, right=range(1, len(headers)))
+
+
+def _quality_row(name: str, quality: Quality, corpus: str) -> tuple[str, ...]:
+    d = next((d for d in quality.corpora if d.corpus == corpus), None)
+    digits = 3 if quality.nbytes >= 1e8 else 5
+    return (
+        name,
+        f"{quality.nbytes / 1e9:.{digits}f}",
+        f"{quality.bpw:.2f}",
+        *(_figures(d) if d else ("–",) * 5),
+        _greedy(quality.greedy),
+    )
+
+
+def _figures(d: Divergence) -> tuple[str, ...]:
+    if d.kld is None or d.kld_p999 is None or d.top1 is None or d.ln_ppl_ratio is None:
+        return ("not finite", "", "", "", "")
+    lost = f" ({d.nonfinite} not finite)" if d.nonfinite else ""
+    return (
+        f"{d.kld.value:.3g}{lost}",
+        f"{d.kld.low:.3g}–{d.kld.high:.3g}",
+        f"{d.kld_p999.value:.3g}",
+        f"{100 * d.top1.value:.2f} %",
+        f"{round(d.ln_ppl_ratio.value, 4) + 0.0:+.4f}",
+    )
+
+
+def _greedy(greedy: Greedy | None) -> str:
+    return f"{greedy.median:g} of {greedy.max_tokens}, {100 * greedy.identical:.0f} %" if greedy else "–"
+
+
+def _pair_line(compared: Sequence[str], p: Paired) -> str:
+    d = p.difference
+    verdict = "differs from 0" if p.excludes_zero else "does not differ from 0"
+    if p.above_floor is not None:
+        verdict += f"; {'above' if p.above_floor else 'below'} what BF16 differs from itself ({p.floor:.2g})"
+    return f"{p.corpus}: KL of {compared[0]} minus {compared[1]}: {d.value:+.4g} ({d.low:+.4g} to {d.high:+.4g}): {verdict}"
+
+
+def _baselines(project: Project) -> list[tuple[Baseline, Quality]]:
+    index = read_result(project.store.baselines, Baselines)
+    found = [(b, read_quality(project, b.weights_hash)) for b in (index.baselines if index else [])]
+    return [(b, quality) for b, quality in found if quality]
 
 
 # ---------------------------------------------------------------------------------------------- verify
@@ -461,3 +684,34 @@ def receipts_text(receipts: Sequence[Receipt], endpoint: str) -> str:
         for r in receipts
     ]
     return table(("variant", "repo", "commit", "tag"), rows)
+
+
+# ---------------------------------------------------------------------------------------------- calibrate
+
+
+def calibrated_json(done: Calibrated) -> dict[str, Any]:
+    record = done.record
+    facts = record.model_dump(mode="json", exclude={"inputs", "files"})
+    return {
+        "folder": str(done.folder),
+        "fresh": done.fresh,
+        "nbytes": record.nbytes,
+        "inputs": len(record.inputs),
+        "modules": sum(len(i.modules) for i in record.inputs),
+        **facts,
+    }
+
+
+def calibrated_text(done: Calibrated) -> str:
+    r = done.record
+    texts = ", ".join(f"{t.tokens} of {t.name} {t.sha256[:12]}" for t in r.texts)
+    how = "collected" if done.fresh else "current"
+    resumed = f", {r.resumed_steps} steps of it by runs before" if r.resumed_steps else ""
+    return "\n".join(
+        [
+            f"statistics {r.key[:16]} {how}: {len(r.inputs)} inputs of {sum(len(i.modules) for i in r.inputs)} modules",
+            f"tokens    {r.tokens} in {r.windows} windows of {r.context} ({texts}); {r.fisher_tokens} backwards",
+            f"took      {r.wall_s:.1f} s{resumed}, peak {r.peak_gb:.2f} GB, {r.device.name} ({r.device.backend})",
+            f"on disk   {size(r.nbytes)} in {done.folder}",
+        ]
+    )

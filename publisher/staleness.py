@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .schema import Bench, BuildInputs, Manifest, RuleInput, Smoke
+from .schema import Bench, BuildInputs, Manifest, Quality, RuleInput, Smoke
 
 
 @dataclass(frozen=True)
 class State:
-    """Reasons by step; an empty list means current. failed: the smoke test ran on these bytes and said no."""
+    """Reasons by step; an empty list means current. failed: the smoke test ran on these bytes and said no.
+
+    quality is a step of its own (`publish eval`), which a build does not wait for: it does not count for `built`.
+    """
 
     id: str
     weights: list[str] = field(default_factory=list)
     smoke: list[str] = field(default_factory=list)
     bench: list[str] = field(default_factory=list)
+    quality: list[str] = field(default_factory=list)
     card: list[str] = field(default_factory=list)
     failed: str | None = None
 
@@ -23,12 +27,13 @@ class State:
         return not (self.weights or self.smoke or self.bench or self.card)
 
 
-def weights_reasons(manifest: Manifest | None, now: BuildInputs | None) -> list[str]:
-    """Why the weights are stale. `now` None: today's inputs cannot be known yet (an imatrix not downloaded)."""
+def weights_reasons(manifest: Manifest | None, now: BuildInputs | None, unknown: str | None = None) -> list[str]:
+    """Why the weights are stale. `now` None: today's inputs cannot be known yet: an imatrix is not downloaded, or
+    `unknown` says why."""
     if manifest is None:
-        return ["not built"]
+        return [unknown or "not built"]
     if now is None:
-        return ["imatrix: not downloaded yet"]
+        return [unknown or "imatrix: not downloaded yet"]
     old = manifest.inputs
     reasons = []
     reasons += _base_reasons(old, now)
@@ -38,6 +43,8 @@ def weights_reasons(manifest: Manifest | None, now: BuildInputs | None) -> list[
         before, after = getattr(old, key), getattr(now, key)
         if before != after:
             reasons.append(f"{key}: {_show(before)} → {_show(after)}")
+    if old.statistics != now.statistics:
+        reasons.append(f"statistics: {_short(old.statistics)} → {_short(now.statistics)}")
     if (old.imatrix and old.imatrix.sha256) != (now.imatrix and now.imatrix.sha256):
         reasons.append(f"imatrix: {_imatrix(old)} → {_imatrix(now)}")
     return reasons
@@ -50,6 +57,8 @@ def rule_reasons(old: BuildInputs, now: BuildInputs) -> list[str]:
         before, after = getattr(old, key), getattr(now, key)
         if before != after:
             reasons.append(f"{key}: {before} → {after}")
+    if old.allocation and now.allocation:
+        return [*reasons, *_allocation_reasons(old, now)]
     before_rules, after_rules = _by_pattern(old.rules), _by_pattern(now.rules)
     for pattern in dict.fromkeys((*before_rules, *after_rules)):
         before, after = before_rules.get(pattern), after_rules.get(pattern)
@@ -68,6 +77,25 @@ def rule_reasons(old: BuildInputs, now: BuildInputs) -> list[str]:
     return reasons
 
 
+def _allocation_reasons(old: BuildInputs, now: BuildInputs) -> list[str]:
+    """Why an allocator chose other formats, and of how many tensors: its rules are too many to name."""
+    assert old.allocation
+    assert now.allocation
+    reasons = []
+    if old.allocation.size != now.allocation.size:
+        reasons.append(f"size: {old.allocation.size} → {now.allocation.size}")
+    if old.allocation.costs != now.allocation.costs:
+        reasons.append(f"measured costs: {old.allocation.costs[:8]} → {now.allocation.costs[:8]}")
+    before, after = _by_layer(old.rules), _by_layer(now.rules)
+    moved = sum(before.get(key) != after.get(key) for key in before.keys() | after.keys())
+    return [*reasons, f"allocation: other formats in {moved} places"]
+
+
+def _by_layer(rules: list[RuleInput]) -> dict[tuple[str, str], tuple[object, ...]]:
+    """Format by pattern and layer."""
+    return {(r.match, layer): (r.bits, r.group_size, r.mode) for r in rules for layer in (r.layers or "all").split(",")}
+
+
 def smoke_reasons(smoke: Smoke | None, version: int, settings: str, base_hash: str, ceiling: float) -> list[str]:
     reasons = _result_reasons(smoke, "smoke test", version, "smoke: prompts, text or seed", settings, base_hash)
     if smoke and smoke.ceiling != ceiling:
@@ -79,8 +107,22 @@ def bench_reasons(bench: Bench | None, version: int, settings: str, base_hash: s
     return _result_reasons(bench, "benchmark", version, "bench: protocol or text", settings, base_hash)
 
 
+def quality_reasons(
+    quality: Quality | None, version: int, settings: str, base_hash: str, calibration: str
+) -> list[str]:
+    """calibration: hash of today's calibration texts, which the evaluation must not share content with."""
+    if quality is None:
+        return ["not measured"]
+    reasons = _result_reasons(
+        quality, "evaluation", version, "evaluation: texts, windows or prompts", settings, base_hash
+    )
+    if quality.calibration_hash != calibration:
+        reasons.append("calibration text: changed")
+    return reasons
+
+
 def _result_reasons(
-    found: Smoke | Bench | None, name: str, version: int, what: str, settings: str, base_hash: str
+    found: Smoke | Bench | Quality | None, name: str, version: int, what: str, settings: str, base_hash: str
 ) -> list[str]:
     if found is None:
         return ["not run on these weights"]

@@ -8,15 +8,21 @@ from pathlib import Path
 
 from inference.checkpoint import read_json
 from inference.errors import InputError
-from inference.families import family_of
 
+from .plan import quant_table
 from .schema import Ladder
 
 LADDER = (2, 3, 4, 5, 6, 8)
 IMATRIX = "# Importance matrix: AWQ scaling for the rules that ask for it.\n"
 
+PARTS = {
+    "mtp": "mtp: drop      # the multi-token-prediction head: drop, keep, or split into mtp.safetensors\n",
+    "vision": "vision: keep   # the vision tower, kept in bf16: keep or drop\n",
+}
+
 TEMPLATE = """\
-# The ladder of {name}: `publish plan` shows what it comes to, `publish build --all` makes it, `publish push --all` releases it.
+# The ladder of {name}: `publish plan` shows what it comes to, {steps}`publish build --all` makes it,
+# `publish push --all` releases it.
 # Every key is described in docs/variants.md; `publish schema > variants.schema.json` lets an editor complete and check this file.
 
 base:
@@ -25,16 +31,22 @@ base:
 # Name of each repo on the Hub; {{base}} and {{id}} are filled in.
 repo: "{{base}}-UD-{{id}}-mlx"
 
-# Built in: unsloth (o_proj and out_proj in bf16), unsloth_8bit_out, uniform, mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6,
-# mxfp4, mxfp8, nvfp4; or one of your own under `recipes:`.
-recipe: unsloth
-
-{imatrix}
-mtp: drop      # the multi-token-prediction head: drop, keep, or split into mtp.safetensors
-vision: keep   # the vision tower, kept in bf16: keep or drop
-
+{recipe}
+{imatrix}{parts}
 {collection}variants:
 {variants}"""
+
+BUILT_IN = """\
+# Built in: unsloth (attention outputs in bf16), unsloth_8bit_out, uniform, mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6,
+# mxfp4, mxfp8, nvfp4; or one of your own under `recipes:`.
+"""
+RECIPE = f"{BUILT_IN}recipe: unsloth\n"
+SIZES = f"""\
+# A variant with a `size` gets its formats from the allocator, by what each costs on this very model: `publish calibrate`
+# measures that once on this machine. A size is "5 GB", "fits 16 GB", "4.5 bpw", or as many bytes as a recipe takes.
+# Instead, `bits: 4` in a variant follows a fixed recipe, which needs no calibration.
+{BUILT_IN}# recipe: unsloth
+"""
 
 
 def starter(
@@ -42,11 +54,13 @@ def starter(
 ) -> str:
     """Text of a variants.yaml for `base`, a Hub id or a local folder. `folder` is where the file will lie.
 
+    A ladder of sizes for the allocator; with an imatrix, which is all that a recipe asks for, one of a recipe.
     Raises InputError if the base is neither, or is of an architecture that is not supported.
     """
     path = Path(base).expanduser()
+    parts = tuple(PARTS)  # a Hub id says nothing of its parts; both choices mean nothing where there is none
     if path.is_dir():
-        family_of(read_json(path / "config.json"))
+        parts = quant_table(read_json(path / "config.json")).PARTS
         name = path.resolve().name
         lines = f"  path: {json.dumps(_relative(path, folder))}"
     elif re.fullmatch(r"[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+", base) and not base.startswith("."):
@@ -59,20 +73,26 @@ def starter(
         raise InputError(f"{base}: no such folder, and not a Hub id (owner/name)")
     return TEMPLATE.format(
         name=name,
+        steps="" if imatrix else "`publish calibrate` measures what bits cost, ",
         base=lines,
         owner=f"\n# Hub user or organization that the repos belong to.\nowner: {json.dumps(owner)}\n"
         if owner
         else "\n# Hub user or organization that the repos belong to; `publish push` needs it.\n# owner: \n",
+        recipe=RECIPE if imatrix else SIZES,
         imatrix=_imatrix(imatrix, folder),
+        parts="".join(["\n", *chosen]) if (chosen := [PARTS[p] for p in PARTS if p in parts]) else "",
         collection=f"collection:\n  title: {json.dumps(f'{name} for MLX'[:60])}\n\n" if owner else "",
-        variants="".join(f"  Q{bits}_K_XL: {{bits: {bits}}}\n" for bits in LADDER),
+        variants="".join(
+            f"  Q{bits}_K_XL: {{bits: {bits}}}\n" if imatrix else f"  Q{bits}_K_XL: {{size: as unsloth {bits}}}\n"
+            for bits in LADDER
+        ),
     )
 
 
 def _imatrix(given: str | None, folder: Path) -> str:
     if given is None:
         return (
-            "# An importance matrix in GGUF form switches AWQ scaling on, for the rules that ask for it:\n"
+            "# An importance matrix in GGUF form switches AWQ scaling on, for the rules of a recipe that ask for it:\n"
             "# imatrix: ./imatrix.gguf\n"
         )
     path = Path(given).expanduser()

@@ -1,7 +1,10 @@
 """Where things lie below the output folder, and how they are written: atomically, as sorted JSON.
 
 out/<ID>/                        one variant, exactly what is pushed: weights, config, tokenizer, README.md, manifest.json
-out/results/<weights hash>/      build.json smoke.json bench.json
+out/results/<weights hash>/      build.json smoke.json bench.json quality.json
+out/teacher/<key>/               what BF16 says over a corpus, for `publish eval`
+out/statistics/<key>/            what `publish calibrate` collected: statistics.json, layer-*.safetensors, imatrix.gguf
+out/baselines.json               names of the foreign models that were measured
 out/receipts/<ID>.json           what was pushed
 out/base.json                    content hashes of the base's tensors, kept while its files' size and time stay
 out/staging/<ID>-<inputs>/       a build under way
@@ -27,7 +30,17 @@ from inference.errors import InputError
 
 Model = TypeVar("Model", bound=BaseModel)
 PART = ".part"  # of a file that is being written
-RESERVED = ("results", "receipts", "staging", "headers", "base.json")  # no variant can have such an id
+# no variant can have such an id
+RESERVED = (
+    "results",
+    "receipts",
+    "staging",
+    "headers",
+    "teacher",
+    "statistics",
+    "base.json",
+    "baselines.json",
+)  # no variant can have such an id
 
 
 class Store:
@@ -54,6 +67,18 @@ class Store:
     @property
     def base(self) -> Path:
         return self.root / "base.json"
+
+    @property
+    def teacher(self) -> Path:
+        return self.root / "teacher"
+
+    @property
+    def statistics(self) -> Path:
+        return self.root / "statistics"
+
+    @property
+    def baselines(self) -> Path:
+        return self.root / "baselines.json"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -99,14 +124,18 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write to a temporary file beside `path`, then move it into place: readers see the old or the new, never half."""
+def write_bytes(path: Path, *data: bytes | memoryview) -> None:
+    """Write to a temporary file beside `path`, then move it into place: readers see the old or the new, never half.
+
+    Several pieces are written behind each other.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     discard_leftovers(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as f:
-            f.write(data)
+            for piece in data:
+                f.write(piece)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(name, 0o644)

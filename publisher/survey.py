@@ -15,13 +15,23 @@ from inference.checkpoint import read_checkpoint
 from inference.errors import CheckpointError, InputError
 from inference.layout import Target
 from quant.source import source_hash_of
-from quant.version import QUANT_VERSION, SOLVER
+from quant.version import QUANT_VERSION
 
+from .allocation import UNKNOWN, freeze, sources
 from .base import ResolvedBase, known_imatrix, known_source_hash, remember_source_hash, resolve_base
 from .plan import VariantPlan, build_inputs, plan_variant, select_targets
-from .protocol import BENCH_VERSION, SMOKE_VERSION, bench_settings, ceiling, smoke_settings
-from .schema import BaseInput, Bench, BuildInputs, ImatrixInput, Manifest, Smoke
-from .staleness import State, bench_reasons, smoke_reasons, weights_reasons
+from .protocol import (
+    BENCH_VERSION,
+    QUALITY_VERSION,
+    SMOKE_VERSION,
+    bench_settings,
+    calibration_hash,
+    ceiling,
+    quality_settings,
+    smoke_settings,
+)
+from .schema import BaseInput, Bench, BuildInputs, ImatrixInput, Manifest, Quality, Smoke
+from .staleness import State, bench_reasons, quality_reasons, smoke_reasons, weights_reasons
 from .store import read_model, read_result
 from .variants import Project
 
@@ -29,9 +39,13 @@ if TYPE_CHECKING:
     from .hub import Hub, Progress
 
 
+NOT_CALIBRATED = "its solver needs statistics: run publish calibrate"
+
+
 @dataclass(frozen=True)
 class Rung:
-    """One variant: its plan, today's inputs, and what is on disk for it. inputs None: the imatrix is not here yet."""
+    """One variant: its plan, today's inputs, and what is on disk for it. inputs None: the imatrix is not here yet, or the
+    variant is not allocated yet."""
 
     id: str
     plan: VariantPlan
@@ -40,6 +54,7 @@ class Rung:
     smoke: Smoke | None
     bench: Bench | None
     state: State
+    quality: Quality | None = None
 
 
 @dataclass(frozen=True)
@@ -67,39 +82,101 @@ def survey(
     return Survey(project, base, rungs)
 
 
-def _rung(project: Project, base: ResolvedBase, id: str, read: bool) -> Rung:
-    plan = plan_variant(project, id, base.checkpoint, base.targets)
+def allocate(
+    project: Project, ids: Sequence[str], named: bool, hub: Callable[[], Hub], write: bool
+) -> tuple[Survey, dict[str, Path]]:
+    """What the allocator chooses for those of `ids` that are made by size, and the files it was written to.
+
+    named: the ids were asked for by name, so that one without a size is a mistake. write: choose again, whatever is frozen,
+    and freeze it. Raises InputError where nothing was measured yet.
+    """
+    sized = [id for id in ids if project.size(id)]
+    if named and len(sized) < len(ids):
+        raise InputError(f"{project.at('variants', next(i for i in ids if i not in sized))}: names bits, not a size")
+    if not sized:
+        raise InputError(f"{project.path.name}: no variant has a size")
+    base = resolve_base(project, hub, False)
+    seen = Survey(project, base, {id: _rung(project, base, id, False, frozen=not write) for id in sized})
+    if not write:
+        return seen, {}
+    found = {id: r.plan.sized.allocation for id, r in seen.rungs.items() if r.plan.sized}
+    if missing := [id for id, allocation in found.items() if allocation is None]:
+        raise InputError(f"{', '.join(missing)}: {UNKNOWN}")
+    return seen, {id: freeze(project, id, a) for id, a in found.items() if a}
+
+
+def _rung(project: Project, base: ResolvedBase, id: str, read: bool, frozen: bool = True) -> Rung:
     manifest = read_manifest(project, id)
+    found = sources(project, id, base, manifest, read, frozen)
+    plan = plan_variant(project, id, base.checkpoint, base.targets, found)
     source = project.imatrix(id)
     imatrix: ImatrixInput | None = known_imatrix(project, source) if source else None
-    inputs = None
-    if imatrix or not (source and any(p.awq for p in plan.plans)):
+    inputs, missing = None, None if plan.applied else UNKNOWN
+    statistics = known_statistics(project, base, id, manifest, read)
+    if project.solves_by_statistics(id) and statistics is None:
+        missing = missing or NOT_CALIBRATED
+    elif plan.applied and (imatrix or not needs_imatrix(project, plan)):
         inputs = build_inputs(
-            project, plan, base_input(project, base, id, manifest, read), imatrix, SOLVER, QUANT_VERSION
+            project, plan, base_input(project, base, id, manifest, read), imatrix, statistics, QUANT_VERSION
         )
-    smoke = bench = None
+    smoke = bench = quality = None
     if manifest:
         results = project.store.results(manifest.weights_hash)
         smoke, bench = read_result(results / "smoke.json", Smoke), read_result(results / "bench.json", Bench)
         smoke = smoke if smoke and smoke.weights_hash == manifest.weights_hash else None
         bench = bench if bench and bench.weights_hash == manifest.weights_hash else None
-    weights = weights_reasons(manifest, inputs)
+        quality = read_quality(project, manifest.weights_hash)
+    weights = weights_reasons(manifest, inputs, missing)
     if manifest and not weights:
         weights = damage(project.store.variant(id), manifest)
     base_hash = manifest.inputs.base.source_hash if manifest else ""
     state = State(
         id,
         weights=weights,
-        smoke=smoke_reasons(smoke, SMOKE_VERSION, smoke_settings(project), base_hash, ceiling(project, id))
+        smoke=smoke_reasons(smoke, SMOKE_VERSION, smoke_settings(project), base_hash, ceiling(project, id, plan.bits))
         if not weights
         else ["weights are stale"],
         bench=bench_reasons(bench, BENCH_VERSION, bench_settings(project), base_hash)
         if not weights
         else ["weights are stale"],
+        quality=quality_state(project, quality, base_hash) if not weights else ["weights are stale"],
         card=[] if manifest else ["not rendered"],
         failed=failure(smoke),
     )
-    return Rung(id, plan, inputs, manifest, smoke, bench, state)
+    return Rung(id, plan, inputs, manifest, smoke, bench, state, quality)
+
+
+def needs_imatrix(project: Project, plan: VariantPlan) -> bool:
+    """Whether the imatrix that the file names has a part in this variant's weights."""
+    source = project.imatrix(plan.id)
+    return source is not None and (any(p.awq for p in plan.plans) or project.solves_by_imatrix(plan.id))
+
+
+def known_statistics(
+    project: Project, base: ResolvedBase, id: str, manifest: Manifest | None, read: bool
+) -> str | None:
+    """Key of the statistics that this variant is solved with, whether they were collected yet or not.
+
+    None: it uses none, or they cannot be told, since nobody has read the base's weights. Where only that is missing, what
+    was built is taken to have been built from the same.
+    """
+    if not project.solves_by_statistics(id):
+        return None
+    from .calibrate import key_of  # noqa: PLC0415 - tokenizers, only where there is something to find
+
+    key = key_of(project, base, read and manifest is not None)
+    return key or (manifest.inputs.statistics if manifest else None)
+
+
+def read_quality(project: Project, weights_hash: str) -> Quality | None:
+    """The quality on record for these weights."""
+    found = read_result(project.store.results(weights_hash) / "quality.json", Quality)
+    return found if found and found.weights_hash == weights_hash else None
+
+
+def quality_state(project: Project, quality: Quality | None, base_hash: str) -> list[str]:
+    """Why it is not current."""
+    return quality_reasons(quality, QUALITY_VERSION, quality_settings(project), base_hash, calibration_hash(project))
 
 
 def damage(folder: Path, manifest: Manifest) -> list[str]:
@@ -157,7 +234,8 @@ def base_input(
 
 
 def _cards(project: Project, base: ResolvedBase, rungs: dict[str, Rung]) -> list[tuple[Rung, list[str]]]:
-    from .card import gather, render  # noqa: PLC0415 - jinja2 only where cards are looked at
+    from .card import figure, gather, render  # noqa: PLC0415 - jinja2 only where cards are looked at
+    from .card_figure import faults  # noqa: PLC0415
 
     templates = card_templates(project)
     facts = gather(project, base.folder)
@@ -173,6 +251,8 @@ def _cards(project: Project, base: ResolvedBase, rungs: dict[str, Rung]) -> list
                 reasons = ["not rendered"]
             elif text != render(facts, id, templates):
                 reasons = ["differs from what would be rendered"]
+            else:
+                reasons = faults(project.store.variant(id), figure(facts, id))
         out.append((rung, reasons))
     return out
 

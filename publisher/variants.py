@@ -15,15 +15,20 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from inference.checkpoint import AFFINE_BITS
 from inference.errors import InputError
+from quant.allocate import Floor
 from quant.builtin import BUILTIN
 from quant.recipe import Recipe, Rule
+from quant.version import ALLOCATED_SOLVER
 
-from .schema import ImatrixSource, Ladder, Lock, RecipeSpec, RuleSpec, VariantSpec
+from .schema import FloorSpec, ImatrixSource, Ladder, Lock, RecipeSpec, RuleSpec, VariantSpec
+from .sizes import Size, parse_size
 from .store import RESERVED, Store, read_model
 
 MAX_YAML_BYTES = 1_000_000
 MAX_DEPTH = 32
+BY_BITS = ("smoke_kld", "kld_ceiling")  # keys whose own keys are numbers
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,19 @@ class Project:
         name = self.ladder.repo.format(base=self.base_name.split("/")[-1], id=id)
         return f"{self.ladder.owner}/{name}" if self.ladder.owner else name
 
+    def solver(self, id: str) -> str:
+        """How a variant's codes are chosen: its own, the file's, or the recipe's word."""
+        own = self.variant(id).solver or self.ladder.solver
+        return own or (ALLOCATED_SOLVER if self.variant(id).size else self.recipe(id).solver)
+
+    def solves_by_imatrix(self, id: str) -> bool:
+        """Whether the solver takes E[x²] from the variant's imatrix: `ls` does where one is named, else from `calibrate`."""
+        return self.solver(id) == "ls" and self.imatrix(id) is not None
+
+    def solves_by_statistics(self, id: str) -> bool:
+        """Whether the solver needs what `publish calibrate` collects."""
+        return self.solver(id) != "rtn" and not self.solves_by_imatrix(id)
+
     def group_size(self, id: str) -> int:
         return self.variant(id).group_size or self.ladder.group_size
 
@@ -90,18 +108,46 @@ class Project:
         return self.ladder.imatrix if own is None else (own or None)
 
     def recipe(self, id: str) -> Recipe:
-        """The recipe of a variant, its own rules first. Raises InputError for an unknown or circular recipe."""
+        """The recipe of a variant, its own rules first. Raises InputError for an unknown or circular recipe.
+
+        Of a variant made by size only what is beside the rules counts: its formats are the allocator's.
+        """
         spec = self.variant(id)
         recipe = self._named(
             spec.recipe or self.ladder.recipe, ("variants", id, "recipe") if spec.recipe else ("recipe",)
         )
-        if spec.rules:
+        if spec.rules and spec.size is None:
             recipe = replace(recipe, rules=(*map(to_rule, spec.rules), *recipe.rules))
         if spec.awq_exponent is not None:
             recipe = replace(recipe, awq_exponent=spec.awq_exponent)
+        named = (spec.bits,) if spec.bits else AFFINE_BITS  # whatever N a size comes to
         if spec.smoke_kld is not None:
-            recipe = replace(recipe, smoke_kld=((spec.bits, spec.smoke_kld),))
+            recipe = replace(recipe, smoke_kld=tuple((bits, spec.smoke_kld) for bits in named))
+        if spec.kld_ceiling is not None:
+            recipe = replace(recipe, kld_ceiling=tuple((bits, spec.kld_ceiling) for bits in named))
         return recipe
+
+    def size(self, id: str) -> Size | None:
+        """The size that a variant is made by; None where a recipe and N decide."""
+        text = self.variant(id).size
+        return parse_size(text) if text else None
+
+    def like(self, id: str) -> Recipe:
+        """The recipe whose bytes an `as` size takes. Raises InputError for an unknown one."""
+        size = self.size(id)
+        assert size is not None
+        return self._named(size.recipe, ("variants", id, "size"))
+
+    def pins(self, id: str) -> tuple[Rule, ...]:
+        """Rules that come before the allocator: the variant's own, then those of `allocation`."""
+        return tuple(map(to_rule, (*self.variant(id).rules, *self.ladder.allocation.pins)))
+
+    def floors(self) -> tuple[Floor, ...]:
+        return tuple(Floor(f.match, f.bits, f.optional) for f in self.ladder.allocation.floors)
+
+    def frozen_path(self, id: str) -> Path:
+        """Where a frozen allocation lies: beside the file, in a folder of its name."""
+        return self.path.with_suffix(".allocations") / f"{id}.yaml"
 
     def _named(self, name: str, keys: tuple[str, ...], trail: tuple[str, ...] = ()) -> Recipe:
         """keys: where the file names it. trail: the recipes that extend it."""
@@ -124,6 +170,9 @@ class Project:
         """Where the file writes rule `index` of a variant's recipe; the variant itself for a rule that is built in."""
         spec = self.variant(id)
         places: list[tuple[Any, ...]] = [("variants", id, "rules", i) for i in range(len(spec.rules))]
+        if spec.size is not None:
+            places += [("allocation", "pins", i) for i in range(len(self.ladder.allocation.pins))]
+            return places[index] if index is not None and index < len(places) else ("variants", id, "size")
         name: str | None = spec.recipe or self.ladder.recipe
         while name in self.ladder.recipes:
             own = self.ladder.recipes[name]
@@ -159,6 +208,8 @@ def _extend(parent: Recipe, name: str, own: RecipeSpec) -> Recipe:
         parent.awq_exponent if own.awq_exponent is None else own.awq_exponent,
         tuple(sorted(own.smoke_kld.items())) if own.smoke_kld else parent.smoke_kld,
         own.origin or (f"extends {parent.name}: {parent.origin}" if parent.rules else ""),
+        tuple(sorted(own.kld_ceiling.items())) if own.kld_ceiling else parent.kld_ceiling,
+        own.solver or parent.solver,
     )
 
 
@@ -180,10 +231,12 @@ def load_project(path: Path) -> Project:
     try:
         ladder = Ladder.model_validate(value)
     except ValidationError as e:
-        raise InputError(_explain(e, lines, path.name)) from None
+        raise InputError(explain(e, lines, path.name)) from None
     project = Project(ladder, path.absolute(), lines)
     for id in ladder.variants:
         project.recipe(id)
+        if (size := project.size(id)) and size.kind == "as":
+            project.like(id)
     _check_files(project, lines)
     _check_names(project)
     return project
@@ -237,7 +290,7 @@ def _build(node: yaml.Node, path: tuple[Any, ...], lines: dict[tuple[Any, ...], 
         for key_node, value_node in node.value:
             key = _build(key_node, (*path, "?"), {}, name)
             at = key_node.start_mark.line + 1
-            if not isinstance(key, str):
+            if not isinstance(key, str) and not (type(key) is int and path and path[-1] in BY_BITS):
                 raise InputError(f"{name}:{at}: key {key!r} is a {type(key).__name__}; put it in quotes")
             if key in out:
                 first = lines[(*path, key)]
@@ -253,7 +306,7 @@ def _build(node: yaml.Node, path: tuple[Any, ...], lines: dict[tuple[Any, ...], 
         raise InputError(f"{name}:{line}: {e}") from None
 
 
-def _explain(error: ValidationError, lines: dict[tuple[Any, ...], int], name: str) -> str:
+def explain(error: ValidationError, lines: dict[tuple[Any, ...], int], name: str, model: Any = Ladder) -> str:
     """One line for the first mistake: file, line, key, what was found, what is allowed."""
     first = min(error.errors(), key=lambda e: (_line_of(e["loc"], lines)[0], len(e["loc"])))
     line, keys = _line_of(first["loc"], lines)
@@ -261,7 +314,7 @@ def _explain(error: ValidationError, lines: dict[tuple[Any, ...], int], name: st
     where = ".".join(map(str, keys)) or "file"
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        allowed = _allowed_keys(keys[:-1])
+        allowed = _allowed_keys(keys[:-1], model)
         near = difflib.get_close_matches(key, allowed, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{name}:{line}: {where}: unknown key; allowed: {', '.join(allowed)}{hint}"
@@ -310,10 +363,11 @@ def _line_of(loc: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> tuple[i
     return lines.get(path, 1), path
 
 
-def _allowed_keys(path: tuple[Any, ...]) -> list[str]:
-    """Keys of the model at a path of the file."""
-    models: dict[str, Any] = {"variants": VariantSpec, "recipes": RecipeSpec, "rules": RuleSpec}
-    model: Any = Ladder
+def _allowed_keys(path: tuple[Any, ...], model: Any) -> list[str]:
+    """Keys of the model at a path of the file, whose own model is `model`."""
+    models: dict[str, Any] = {
+        "variants": VariantSpec, "recipes": RecipeSpec, "rules": RuleSpec, "pins": RuleSpec, "floors": FloorSpec,
+    }  # fmt: skip
     for part in path:
         if part in models:
             model = models[part]
@@ -346,6 +400,14 @@ def _check_files(project: Project, lines: dict[tuple[Any, ...], int]) -> None:
         (("base", "path"), ladder.base.path, "folder"),
         (("imatrix", "path"), ladder.imatrix.path if ladder.imatrix else None, "file"),
         (("smoke", "text"), ladder.smoke.text, "file"),
+        (("calibration", "text"), ladder.calibration.text, "file"),
+        (
+            ("calibration", "chat"),
+            ladder.calibration.chat if isinstance(ladder.calibration.chat, str) else None,
+            "file",
+        ),
+        (("evaluation", "text"), ladder.evaluation.text, "file"),
+        (("evaluation", "chat"), ladder.evaluation.chat, "file"),
         (("card", "templates"), ladder.card.templates, "folder"),
         (("output",), ladder.output, "path"),
     ]

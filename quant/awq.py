@@ -8,13 +8,14 @@ up). The product is unchanged but for rounding. As the reference recipe does it,
     s /= sqrt(max(s) · min(s))
 
 exponent 1.0 scales by the root mean square (the reference), 0 by nothing. Pure numpy: whoever streams the weights
-applies a fold in float32 and rounds once. No search and no clipping: the published recipe has none.
+applies a fold in float32 and rounds once. The published recipe has one exponent for all and no clipping;
+`quant.awq_search` finds one a group.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,8 @@ class Group:
 
     Module paths relative to the layer. members: scaled, and their statistics enter the importance. followers: fed by
     the same input, so scaled as well, but with no say in s. inverse: a norm (its weights are divided), or with `rows` a
-    matrix whose output rows are divided. every: the statistics of all members are needed, else any one suffices.
+    matrix whose output rows are divided; a bias beside it is divided, too. every: the statistics of all members are
+    needed, else any one suffices.
     """
 
     label: str
@@ -71,31 +73,57 @@ def scale(importance: np.ndarray, exponent: float) -> np.ndarray:
     return s.astype(np.float32)
 
 
-def folds(plans: Iterable[TensorPlan], imatrix: Imatrix, exponent: float, table: Sequence[Group]) -> dict[str, Fold]:
+@dataclass(frozen=True)
+class Scaled:
+    """A group of one layer that is to be scaled: its members' plans, and E[x²] of its input."""
+
+    layer: str
+    group: Group
+    members: tuple[TensorPlan, ...]
+    importance: np.ndarray
+
+
+Exponents = Mapping[tuple[str, str], float]  # by layer and label of the group
+
+
+def folds(
+    plans: Iterable[TensorPlan], imatrix: Imatrix, exponent: float | Exponents, table: Sequence[Group]
+) -> dict[str, Fold]:
     """Folds by target name, for every group whose members are all planned with `awq` and have statistics.
 
-    Raises InputError if some members of a group have `awq` and some do not: they share one norm, so that no scale can
-    serve both.
+    exponent: one for all, or those that `quant.awq_search` found. Raises InputError if some members of a group have
+    `awq` and some do not: they share one norm, so that no scale can serve both.
     """
     if exponent == 0:
         return {}
-    by_module = {p.target.module: p for p in plans if p.target.part == "text"}
+    plans = list(plans)
+    by_module = _by_module(plans)
     columns: dict[str, np.ndarray] = {}
     rows: dict[str, np.ndarray] = {}
-    for layer in sorted({m.rpartition(f".{group.inverse}")[0] for group in table for m in by_module} - {""}):
-        for group in table:
-            s = _group_scale(layer, group, by_module, imatrix, exponent)
-            if s is None:
-                continue
-            for m in group.members + group.followers:
-                columns[by_module[f"{layer}.{m}"].target.name] = s
-            rows[by_module[f"{layer}.{group.inverse}"].target.name] = np.float32(1) / s
+    for found in groups(plans, imatrix, table):
+        layer, group = found.layer, found.group
+        s = scale(found.importance, exponent[layer, group.label] if isinstance(exponent, Mapping) else exponent)
+        for m in group.members + group.followers:
+            columns[by_module[f"{layer}.{m}"].target.name] = s
+        for inverse in (f"{layer}.{group.inverse}", f"{layer}.{group.inverse}.bias"):
+            if inverse in by_module:
+                rows[by_module[inverse].target.name] = np.float32(1) / s
     return {name: Fold(columns.get(name), rows.get(name)) for name in sorted(columns.keys() | rows.keys())}
 
 
-def _group_scale(
-    layer: str, group: Group, by_module: dict[str, TensorPlan], imatrix: Imatrix, exponent: float
-) -> np.ndarray | None:
+def groups(plans: Iterable[TensorPlan], imatrix: Imatrix, table: Sequence[Group]) -> list[Scaled]:
+    """What there is to scale, layer by layer; raises what `folds` raises."""
+    by_module = _by_module(plans)
+    layers = sorted({m.rpartition(f".{group.inverse}")[0] for group in table for m in by_module} - {""})
+    found = (_scaled(layer, group, by_module, imatrix) for layer in layers for group in table)
+    return [g for g in found if g is not None]
+
+
+def _by_module(plans: Iterable[TensorPlan]) -> dict[str, TensorPlan]:
+    return {p.target.module: p for p in plans if p.target.part == "text"}
+
+
+def _scaled(layer: str, group: Group, by_module: dict[str, TensorPlan], imatrix: Imatrix) -> Scaled | None:
     members = [f"{layer}.{m}" for m in group.members]
     needed = [*members, *(f"{layer}.{m}" for m in (*group.followers, group.inverse))]
     if not all(m in by_module for m in needed):
@@ -111,4 +139,4 @@ def _group_scale(
     found = [imatrix.importance[m] for m in members if m in imatrix.importance]
     if not found or (group.every and len(found) < len(members)):
         return None
-    return scale(np.maximum.reduce(found), exponent)
+    return Scaled(layer, group, tuple(by_module[m] for m in members), np.maximum.reduce(found))

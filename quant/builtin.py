@@ -16,7 +16,9 @@ ROUTER = Rule(
 )  # fmt: skip
 
 
-def _unsloth(name: str, out: Rule, small: Rule) -> Recipe:
+def _unsloth(name: str, out: int | str, group_size: int | None) -> Recipe:
+    """out, group_size: the format of the projections that have no norm before them, and of the tiny a/b."""
+    unscaled = "no norm before it to take a scale; KLD about {} when lowered"
     return Recipe(
         name,
         (
@@ -24,9 +26,16 @@ def _unsloth(name: str, out: Rule, small: Rule) -> Recipe:
             Rule("*.lm_head", "N+3", why=f"KLD about 0.05 when lowered: least sensitive ({STUDY})", optional=True),
             ROUTER,
             Rule("*.self_attn.{q,k,v}_proj", "N+2", awq=True, why=f"KLD about 1.5 to 2.9 when lowered ({STUDY})"),
-            Rule("*.linear_attn.in_proj_{qkv,z}", "N+2", awq=True, why=f"KLD about 2.9 when lowered ({STUDY})"),
-            out,
-            small,
+            Rule(
+                "*.linear_attn.in_proj_{qkv,z}", "N+2", awq=True, optional=True,
+                why=f"KLD about 2.9 when lowered ({STUDY})",
+            ),
+            Rule("*.self_attn.o_proj", out, group_size, why=f"{unscaled.format(1.5)} ({STUDY})"),
+            Rule("*.linear_attn.out_proj", out, group_size, optional=True, why=f"{unscaled.format('6.0')} ({STUDY})"),
+            Rule(
+                "*.linear_attn.in_proj_{a,b}", out, group_size, optional=True,
+                why="tiny, and it drives the recurrence's gates",
+            ),
             Rule(
                 "*.{switch_mlp,shared_expert}.down_proj", "N+1", optional=True,
                 why=f"slightly more sensitive than gate and up ({STUDY})",
@@ -73,22 +82,8 @@ def _float(mode: str, bits: int, group_size: int) -> Recipe:
 BUILTIN: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        _unsloth(
-            "unsloth",
-            Rule(
-                "*.{self_attn.o_proj,linear_attn.out_proj}", "bf16",
-                why=f"no norm before it to take a scale; KLD about 1.5 (o_proj) and 6.0 (out_proj) when lowered ({STUDY})",
-            ),
-            Rule("*.linear_attn.in_proj_{a,b}", "bf16", why="tiny, and it drives the recurrence's gates"),
-        ),
-        _unsloth(
-            "unsloth_8bit_out",
-            Rule(
-                "*.{self_attn.o_proj,linear_attn.out_proj}", 8, 64,
-                why=f"no norm before it to take a scale; KLD about 1.5 (o_proj) and 6.0 (out_proj) when lowered ({STUDY})",
-            ),
-            Rule("*.linear_attn.in_proj_{a,b}", 8, 64, why="tiny, and it drives the recurrence's gates"),
-        ),
+        _unsloth("unsloth", "bf16", None),
+        _unsloth("unsloth_8bit_out", 8, 64),
         Recipe(
             "uniform",
             (ROUTER, Rule("*", "N", why="the same bits for every matrix")),

@@ -6,7 +6,8 @@ of those variants' shards while the next band is being read. Where nothing chang
 
 Threads: one reads and hashes the source, WORKERS solve, one a variant writes and hashes its files. The order within
 every file is that of the source, so the output does not depend on timing, on the size of a band, or on which variants
-are built together.
+are built together. `gptq` alone sees the size of a band: a matrix product may round otherwise with other rows beside it,
+and so may choose another code. Its bands have the same size in every build on one kind of device.
 
 Memory, beyond the interpreter and whatever the model's size: LOOKAHEAD bands in solving and as many in writing, each
 the source (8 MiB), its float32 form while folding (3 × 16 MiB a worker) and one packed copy a format (at most 5 MiB);
@@ -26,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inference.backend import mx
+from inference.backend import BACKEND, mx
 from inference.errors import InputError, ResourceError
 
 from .folder import (
@@ -42,12 +43,15 @@ from .folder import (
 from .job import Job, Lane
 from .recipe import TensorPlan
 from .shards import MTP_FILE, Stored
+from .solve import SOLVERS
 from .source import source_hash
 from .stream import Progress, SourceChanged, run_pass
 
 __all__ = ["Converted", "Job", "Progress", "convert", "finish", "unquantized"]
 
 BAND_BYTES = 8 << 20  # of the source; two variants on two cores took 25 s so, and 31 s with 32 MiB
+# where columns are worked on one after the other, a GPU wants all rows at once: 12,288 × 4,096 are 100 MB
+COLUMN_BAND_BYTES = BAND_BYTES if BACKEND == "cpu" else 128 << 20
 CACHE_BYTES = 256 << 20  # freed buffers that MLX may keep
 
 
@@ -73,7 +77,7 @@ class Converted:
 
 
 def convert(
-    jobs: Sequence[Job], progress: Callable[[Progress], None] | None = None, band_bytes: int = BAND_BYTES
+    jobs: Sequence[Job], progress: Callable[[Progress], None] | None = None, band_bytes: int | None = None
 ) -> list[Converted]:
     """Build all jobs in one pass; each ends as a complete folder at job.staging/files.
 
@@ -83,6 +87,9 @@ def convert(
     """
     started = time.perf_counter()
     lanes = [Lane(job) for job in jobs]
+    if band_bytes is None:
+        by_column = any(SOLVERS[job.solver].uses_hessian for job in jobs)
+        band_bytes = COLUMN_BAND_BYTES if by_column else BAND_BYTES
     sides = {job.base: side_files(job.base) for job in jobs}
     cache = mx.set_cache_limit(CACHE_BYTES)
     try:

@@ -13,29 +13,33 @@ from typing import Any
 
 from inference.checkpoint import ITEMSIZE, QuantSpec, count
 from inference.errors import InputError
+from inference.families import names_of
 
 from .recipe import TensorPlan
 from .shards import MTP_FILE, Stored
 
 INDEX = "model.safetensors.index.json"
-# tokenizer, template, generation and processor files of the published Qwen3.5 repositories, and the licence texts.
+# tokenizer, template, generation and processor files of the published repositories, and the licence texts.
 # Never Python: a variant holds no code.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*",
+    "USE_POLICY*",
 )  # fmt: skip
 
 
 def quantized_config(config: Mapping[str, Any], plans: Sequence[TensorPlan], mtp_tensors: int = 0) -> dict[str, Any]:
-    """config.json of a variant: the base's, key order kept, without `_name_or_path`, with `quantization`.
+    """config.json of a variant: the base's, key order kept, without `_name_or_path`, with `quantization` and whatever
+    mlx-lm needs to be told for this family.
 
     The top level of the block is the format of most weights; every quantized module also has its own entry, so that no
     reader has to guess. A module that has none is stored unquantized (it has no `.scales` either). Two equal blocks,
     `quantization` and `quantization_config`, as mlx-lm writes them; neither if nothing is quantized. mtp_tensors: how
     many tensors the side file holds, if there is one.
     """
-    out = {k: v for k, v in config.items() if k != "_name_or_path"}
+    told = names_of(dict(config)).mlx_config(dict(config))
+    out = {k: v for k, v in told.items() if k != "_name_or_path"}
     specs = {p.target.module: p.spec for p in plans if p.spec is not None}
     if specs:
         weights: Counter[QuantSpec] = Counter()

@@ -26,6 +26,8 @@ import numpy as np
 from inference.errors import InputError
 from inference.families import family_of, names_of
 
+from .statistics import Statistics
+
 # Tokens counted for one matrix. Published files stay below 1e8; float32 counts lose single tokens past 1.7e7.
 MAX_COUNT = 1e12
 BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
@@ -147,6 +149,31 @@ def write_imatrix(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def imatrix_sums(statistics: Statistics, config: dict[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What `write_imatrix` writes, of statistics of our own: every matrix that llama.cpp has a name for, in its order.
+
+    A tied embedding stands under `token_embd.weight`, which is the name under which llama.cpp quantizes it.
+    """
+    family, names = importlib.import_module(f"quant.{family_of(config)}"), names_of(config)
+    cfg = names.read_config(config)
+    found = {f"{e.gguf}.weight": (e, e.modules[0]) for e in family.IMATRIX_NAMES if not e.layered}
+    for i in range(cfg.num_hidden_layers):
+        for e in family.IMATRIX_NAMES:
+            if e.layered and len(e.modules) == 1:
+                found[f"blk.{i}.{e.gguf}.weight"] = (e, f"{family.LAYERS}.{i}.{e.modules[0]}")
+    out: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, (entry, module) in found.items():
+        if module not in statistics:
+            continue  # of another kind of layer, or an embedding that is no output
+        mean = statistics.second(module, blended=False).astype(np.float64)
+        counts = np.atleast_1d(np.asarray(statistics.tokens(module)))
+        if entry.tiled:
+            mean = tile(mean, cfg.linear_num_value_heads // cfg.linear_num_key_heads, cfg.linear_num_key_heads)
+        total = mean * (counts[:, None] if mean.ndim == 2 else counts[0])
+        out[name] = (total.astype(np.float32), counts.astype(np.float32))
+    return out
 
 
 def gguf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:

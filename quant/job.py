@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from inference.checkpoint import QuantSpec
 from inference.errors import InputError
 from inference.layout import Target
 
 from .awq import Fold
 from .folder import canonical, quantized_config
+from .moments import MomentSource
 from .recipe import TensorPlan
 from .shards import SHARD_BYTES, Layout, Record, ShardWriter, plan_layout
 from .solve import SOLVERS
@@ -42,7 +41,7 @@ class Job:
     folds: Mapping[str, Fold] = field(default_factory=dict)
     mtp: Literal["keep", "drop", "split"] = "keep"
     solver: str = "rtn"
-    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    moments: MomentSource | None = None
     max_shard_bytes: int = SHARD_BYTES
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,7 +54,7 @@ class Key:
     fold: str  # digest, "" for none
     spec: QuantSpec | None
     solver: str = ""
-    statistics: str = ""
+    moments: str = ""
 
 
 class Lane:
@@ -93,27 +92,23 @@ class Lane:
                     ],
                     "folds": self._digests,
                     "solver": job.solver,
-                    "statistics": {m: _digest(v) for m, v in job.statistics.items()} if self._uses_statistics else {},
+                    "statistics": [[p.target.module, self._moments_of(p)] for p in self.plans if p.spec],
                 }
             )
         ).hexdigest()
 
-    @property
-    def _uses_statistics(self) -> bool:
-        return SOLVERS[self.job.solver].uses_statistics
+    def _moments_of(self, plan: TensorPlan) -> str:
+        """Digest of what the solver is told of a tensor's input; "" for nothing."""
+        solver = SOLVERS[self.job.solver]
+        if self.job.moments is None or not solver.uses_second or plan.spec is None or plan.spec.mode != "affine":
+            return ""
+        return self.job.moments.digest(plan.target.module, solver.uses_hessian)
 
     def key(self, plan: TensorPlan) -> Key:
         name, spec = plan.target.name, plan.spec
         if spec is None:
             return Key(plan.target.dtype, self._digests.get(name, ""), None)
-        stats = self.job.statistics.get(plan.target.module) if self._uses_statistics else None
-        return Key(
-            plan.target.dtype,
-            self._digests.get(name, ""),
-            spec,
-            self.job.solver,
-            "" if stats is None else _digest(stats),
-        )
+        return Key(plan.target.dtype, self._digests.get(name, ""), spec, self.job.solver, self._moments_of(plan))
 
     def discard(self) -> None:
         self.writer.close()
@@ -132,7 +127,3 @@ class Lane:
 def disk_order(plan: TensorPlan) -> tuple[str, int, str]:
     t = plan.target
     return t.source.file.name, t.source.start, t.op  # first_half before second_half
-
-
-def _digest(vector: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").tobytes()).hexdigest()

@@ -74,3 +74,4 @@ CARD_CREDIT = ("Qwen Team", "https://huggingface.co/Qwen", "the Qwen3.5 model fa
 CARD_QUESTION = "Explain the hybrid attention mechanism in Qwen3.5."
 
 LAYERS = "language_model.model.layers"  # prefix of the layers' module paths
+PARTS = ("text", "vision", "mtp")  # of a checkpoint; the last two may be missing

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import lru_cache
+from typing import Literal
 
 from inference.checkpoint import AFFINE_BITS, QuantSpec
 from inference.errors import CheckpointError, InputError
@@ -56,15 +57,20 @@ class Rule:
 class Recipe:
     """A named list of rules, and what a variant built by it must show.
 
-    awq_exponent: s = E[x²]^(exponent / 2), so 1.0 scales by the root mean square and 0 switches AWQ off.
+    awq_exponent: s = E[x²]^(exponent / 2), so 1.0 scales by the root mean square and 0 switches AWQ off; "search" finds
+    one for every group of matrices (`quant.awq_search`).
     smoke_kld: largest mean KL divergence from BF16 (nats a token) that the smoke test lets pass, by base bits.
+    kld_ceiling: the same over the evaluation text, for a release; bits that it does not name have none.
+    solver: how codes are chosen (`quant.solve.SOLVERS`).
     """
 
     name: str
     rules: tuple[Rule, ...]
-    awq_exponent: float = 1.0
+    awq_exponent: float | Literal["search"] = 1.0
     smoke_kld: tuple[tuple[int, float], ...] = ((2, 3.0), (3, 1.0), (4, 0.5), (5, 0.3), (6, 0.2), (8, 0.2))
     origin: str = ""  # where the rules and their reasons come from
+    kld_ceiling: tuple[tuple[int, float], ...] = ()
+    solver: str = "rtn"
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ def resolve(
     used: set[int] = set()
     plans: list[TensorPlan] = []
     for target in targets:
-        cls = _class_of(target, classes)
+        cls = class_of(target, classes)
         if cls.dense and target.part == "text":
             plans.append(TensorPlan(target, None, False, "", "", cls.label))
             continue
@@ -162,8 +168,8 @@ def resolve(
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether a rule's pattern names this module path."""
-    return any(p.fullmatch(module) for p in _compile(pattern))
+    """Whether a rule's pattern names this module path. A leading `*.` also matches nothing: `*.lm_head` names `lm_head`."""
+    return any(p.fullmatch(module) or p.fullmatch(f".{module}") for p in _compile(pattern))
 
 
 @lru_cache(maxsize=1024)
@@ -190,7 +196,7 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _class_of(target: Target, classes: Sequence[TensorClass]) -> TensorClass:
+def class_of(target: Target, classes: Sequence[TensorClass]) -> TensorClass:
     if target.part != "text":
         return TensorClass("vision tower" if target.part == "vision" else "MTP head", "*", True)
     for cls in classes:

@@ -1,8 +1,15 @@
 """One weight → packed codes, scales and biases, behind one interface.
 
-A solver chooses codes, scales and biases of a matrix in the stored format that `QuantSpec` names; it may use the mean
-squared activation of every input channel. Solvers work on any band of leading rows, so that a matrix never has to be
-in memory whole. `rtn` (round to nearest) is exactly `mx.quantize`.
+A solver chooses codes, scales and biases of a matrix in the stored format that `QuantSpec` names, knowing what its input
+looks like (`Moments`). Rows are independent of each other, so solvers work on any band of rows.
+
+    rtn    round to nearest: exactly `mx.quantize`
+    ls     scale and bias by least squares, weighted by E[x²] (`quant.least_squares`)
+    gptq   the whole Hessian: error feedback on the scales of `ls`, coordinate descent, refitted scales (`quant.gptq`)
+
+None is worse than round to nearest on its own objective: `ls` a group at a time under E[x²], `gptq` a row at a time under
+the (damped) Hessian. Without statistics `ls` weighs all channels alike and `gptq` is `ls`. The float formats (mxfp4,
+mxfp8, nvfp4) have fixed scales and are always rounded to nearest.
 """
 
 from __future__ import annotations
@@ -10,8 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from inference.backend import mx
 from inference.checkpoint import QuantSpec
+
+from . import gptq, least_squares
+
+WORD = 32  # bits
 
 
 @dataclass(frozen=True)
@@ -24,27 +37,139 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """What is known of a matrix' input, any fold applied.
+
+    second: E[x²] float32 [K], or [E, K] for a band of stacked experts. factor: its Hessians made ready (E matrices, or
+    one), for solvers that use them.
+    """
+
+    second: np.ndarray
+    factor: gptq.Factor | None = None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """steps: of the search for a group's range, an end. rounds: of refit and descent."""
+
+    steps: int = least_squares.STEPS
+    rounds: int = gptq.ROUNDS
+
+
+FULL = Effort()
+QUICK = Effort(3, 1)  # for prices: a few percent more error than FULL at a sixth of the time
+
+
+@dataclass(frozen=True)
 class Solver:
-    """weights [..., K], statistics E[x²] [K] or [..., 1, K] or None, spec → Packed (lazy)."""
+    """weights [..., K], moments or None, spec, effort → Packed (lazy). What of the moments it uses."""
 
-    run: Callable[[mx.array, mx.array | None, QuantSpec], Packed]
-    uses_statistics: bool = False
+    run: Callable[[mx.array, Moments | None, QuantSpec, Effort], Packed]
+    uses_second: bool = False
+    uses_hessian: bool = False
 
 
-def solve(weights: mx.array, statistics: mx.array | None, spec: QuantSpec, solver: str = "rtn") -> Packed:
+def solve(
+    weights: mx.array, moments: Moments | None, spec: QuantSpec, solver: str = "rtn", effort: Effort = FULL
+) -> Packed:
     """Quantize a band of rows and evaluate the result.
 
-    weights: [..., K], float32 or the model's type; affine scales and biases are stored in that type. statistics: mean
-    squared activation of the K input channels (after any fold), used by solvers that declare it.
+    weights: [R, K] or stacked [E, R, K], in the model's type, in which affine scales and biases are stored.
     """
-    packed = SOLVERS[solver].run(weights, statistics, spec)
+    run = SOLVERS[solver].run if spec.mode == "affine" else _rtn
+    packed = run(weights, moments, spec, effort)
     mx.eval(packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases]))
     return packed
 
 
-def _rtn(weights: mx.array, statistics: mx.array | None, spec: QuantSpec) -> Packed:
+def pack(codes: mx.array, bits: int) -> mx.array:
+    """Codes [..., K] (any type, < 2^bits) → uint32 [..., K·bits/32]: one bit stream a row, least significant bit first."""
+    c = codes.astype(mx.uint32).reshape(*codes.shape[:-1], -1, WORD)  # WORD codes fill `bits` words exactly
+    words = []
+    for word in range(bits):
+        terms = []
+        for i in range(WORD):
+            shift = i * bits - word * WORD
+            if -bits < shift < WORD:
+                x = c[..., i]
+                terms.append(mx.left_shift(x, shift) if shift >= 0 else mx.right_shift(x, -shift))
+        total = terms[0]
+        for t in terms[1:]:
+            total = mx.bitwise_or(total, t)
+        words.append(total)
+    return mx.stack(words, axis=-1).reshape(*codes.shape[:-1], -1)
+
+
+def _rtn(weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort = FULL) -> Packed:
     codes, scales, *biases = mx.quantize(weights, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
     return Packed(codes, scales, biases[0] if biases else None)
 
 
-SOLVERS: dict[str, Solver] = {"rtn": Solver(_rtn)}
+def _ls(weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort = FULL) -> Packed:
+    x, codes, scales, biases = _fitted(weights, moments, spec, effort)
+    return Packed(pack(codes.reshape(x.shape), spec.bits), scales.astype(x.dtype), biases.astype(x.dtype))
+
+
+def _gptq(weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort = FULL) -> Packed:
+    if moments is None or moments.factor is None:
+        return _ls(weights, moments, spec, effort)
+    factor, group, bits = moments.factor, spec.group_size, spec.bits
+    x, codes, scales, biases = _fitted(weights, moments, spec, effort)
+    w = _columns_first(x.astype(mx.float32))
+    start = (_columns_first(codes.reshape(x.shape)), _columns_first(scales), _columns_first(biases))
+    near_q, near_s, near_b = mx.quantize(x, group_size=group, bits=bits)
+    near_s, near_b = near_s.astype(mx.float32), near_b.astype(mx.float32)
+    near_q = mx.dequantize(near_q, mx.ones_like(near_s), mx.zeros_like(near_s), group, bits)
+    best = (_columns_first(near_q), _columns_first(near_s), _columns_first(near_b))
+    found = gptq.optimize(w, start[1], start[2], factor, bits, x.dtype, effort.rounds)
+    least = gptq.error(w, *best, factor.hessian)
+    for q, s, b in (start, found):  # nearest came first: what overflows float32 on the way is less than nothing
+        e = gptq.error(w, q, s, b, factor.hessian)
+        better = (e < least)[:, None]
+        best = (mx.where(better, q, best[0]), mx.where(better, s, best[1]), mx.where(better, b, best[2]))
+        least = mx.where(e < least, e, least)
+    codes, scales, biases = (_rows_first(t, x.ndim) for t in best)
+    return Packed(pack(codes, bits), scales.astype(x.dtype), biases.astype(x.dtype))
+
+
+def _fitted(
+    weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """(weights, codes [..., groups, group], scales, biases [..., groups]) by least squares, float32 but the weights."""
+    bits, group = spec.bits, spec.group_size
+    x = weights.astype(mx.float32).reshape(*weights.shape[:-1], -1, group)
+    if moments is None:
+        v = mx.ones((x.shape[-2], group))
+    else:
+        second = moments.second if weights.ndim == 2 else moments.second.reshape(-1, 1, weights.shape[-1])
+        v = mx.array(_floored(second)).reshape(*second.shape[:-1], -1, group)
+    _, s, b = mx.quantize(weights, group_size=group, bits=bits)
+    start = (s.astype(mx.float32)[..., None], b.astype(mx.float32)[..., None])
+    s, b = least_squares.fit(x, v, bits, weights.dtype, start, effort.steps)
+    return weights, least_squares.code(x, s, b, bits), s[..., 0], b[..., 0]
+
+
+def _floored(second: np.ndarray) -> np.ndarray:
+    """In a unit that float32 has room around (a power of two, which changes no code). Channels that saw next to nothing
+    still count a little: another text may use them."""
+    mean = second.mean(axis=-1, keepdims=True, dtype=np.float64)
+    unit = np.where(mean > 0, np.exp2(-np.round(np.log2(np.where(mean > 0, mean, 1.0)))), 1.0)
+    return np.where(mean > 0, np.maximum(second, 1e-4 * mean) * unit, 1.0).astype(np.float32)
+
+
+def _columns_first(x: mx.array) -> mx.array:
+    """[R, K] or [E, R, K] → [E, K, R], contiguous."""
+    x = x[None] if x.ndim == 2 else x
+    return mx.contiguous(x.swapaxes(1, 2))
+
+
+def _rows_first(x: mx.array, ndim: int) -> mx.array:
+    x = mx.contiguous(x.swapaxes(1, 2))
+    return x[0] if ndim == 2 else x
+
+
+SOLVERS: dict[str, Solver] = {  # the names are those of `quant.version`, which plans read without MLX
+    "rtn": Solver(_rtn),
+    "ls": Solver(_ls, uses_second=True),
+    "gptq": Solver(_gptq, uses_second=True, uses_hessian=True),
+}

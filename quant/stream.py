@@ -24,8 +24,9 @@ from inference.layout import Target, read_band
 
 from .awq import Fold
 from .job import Key, Lane, disk_order
+from .moments import MomentSource
 from .recipe import TensorPlan
-from .solve import solve
+from .solve import SOLVERS, solve
 
 LOOKAHEAD = 3  # bands
 # CPU streams that solve: measured on two cores, mx.quantize takes 0.42 GB/s of bf16 in one, 0.80 in two; a GPU gets one
@@ -59,8 +60,8 @@ def run_pass(lanes: Sequence[Lane], progress: Callable[[Progress], None] | None,
 class _Product:
     """One result in the making, shared by the lanes that want it."""
 
-    def __init__(self, key: Key, plan: TensorPlan, fold: Fold | None, stats: np.ndarray | None) -> None:
-        self.key, self.plan, self.fold, self.statistics = key, plan, fold, stats
+    def __init__(self, key: Key, plan: TensorPlan, fold: Fold | None, moments: MomentSource | None) -> None:
+        self.key, self.plan, self.fold, self.moments = key, plan, fold, moments
         self.lanes: list[Lane] = []
         self.sha = [hashlib.sha256() for _ in plan.stored()]
         self.rest: list[list[memoryview]] = [[] for _ in plan.stored()[1:]]  # bands of scales, of biases
@@ -185,8 +186,8 @@ class Pass:
                 mine = lane.plans[index]
                 key = lane.key(mine)
                 if key not in products:
-                    stats = lane.job.statistics.get(mine.target.module) if key.statistics else None
-                    products[key] = _Product(key, mine, lane.job.folds.get(name), stats)
+                    moments = lane.job.moments if key.moments else None
+                    products[key] = _Product(key, mine, lane.job.folds.get(name), moments)
                 products[key].lanes.append(lane)
             if products or not (trusted and name in kept):
                 out.append((plan.target, list(products.values())))
@@ -252,13 +253,13 @@ class Pass:
         with mx.stream(self._streams.stream):
             if product.key.spec is None:
                 return [_view(x)]
-            stats = product.statistics
-            if stats is not None:
-                if stats.ndim == 2:
-                    stats = stats[start:stop, None]
-                if product.fold is not None and product.fold.columns is not None:
-                    stats = stats / product.fold.columns**2  # of the inputs that the folded weight will see
-            packed = solve(x, None if stats is None else mx.array(stats), product.key.spec, product.key.solver)
+            known = None
+            if product.moments is not None:
+                columns = product.fold.columns if product.fold is not None else None
+                rows = slice(start, stop) if x.ndim == 3 else None
+                hessian = SOLVERS[product.key.solver].uses_hessian
+                known = product.moments.moments(product.plan.target.module, rows, columns, hessian)
+            packed = solve(x, known, product.key.spec, product.key.solver)
             return [_view(p) for p in (packed.codes, packed.scales, packed.biases) if p is not None]
 
     def _land(self, band: _Band, kept: dict[str, str]) -> list[Future[Any]]:

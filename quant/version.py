@@ -4,4 +4,8 @@
 # 1: round to nearest; folds in float32, rounded once
 QUANT_VERSION = 1
 
-SOLVER = "rtn"  # the solver that variants use; `quant.solve.SOLVERS` lists them
+SOLVERS = ("rtn", "ls", "gptq")  # `quant.solve`: round to nearest; least squares; GPTQ with coordinate descent
+# Bump it, with the reason, when the same statistics would give other prices (`quant.sensitivity`).
+# 1: second order on sampled rows, a factor a class from probes at 2 and 4 bits
+SENSITIVITY_VERSION = 1
+ALLOCATED_SOLVER = "gptq"  # of variants made by size, unless the file says otherwise

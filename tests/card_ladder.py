@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from inference.checkpoint import ITEMSIZE, count, read_checkpoint
+from inference.divergence import Comparison
 from inference.families import names_of
 from inference.qwen3_5.names import read_config, text_shapes
+from publisher.evaluate_figures import divergence, greedy
 from publisher.plan import build_inputs, plan_variant, select_targets
+from publisher.protocol import QUALITY_VERSION, calibration_hash, quality_settings
 from publisher.schema import (
     BaseInput,
+    Baseline,
+    Baselines,
     Bench,
     BenchSpec,
     BuildRecord,
     Check,
     Device,
+    Divergence,
     FileEntry,
     ImatrixInput,
     Manifest,
+    Overlap,
+    Quality,
     Smoke,
     Speed,
     Stat,
@@ -212,6 +223,57 @@ def smoke(manifest: Manifest, kld: float | None, device: Device = M3, **change: 
     ).model_copy(update=change)  # fmt: skip
 
 
-def record(project: Project, *results: Bench | Smoke) -> None:
+@functools.cache
+def over(corpus: str, kld: float, spread: float = 0.1, windows: int = 24, size: int = 40) -> Divergence:
+    """A divergence of this mean. spread: of the windows' means, as a share; the same windows are hard for every model."""
+    at = np.arange(windows * size)
+    level = 1 + spread * np.sin(1.7 * (at // size))
+    values = kld * level * (0.5 + (at * 7919 % 101) / 101)
+    values *= kld / values.mean()
+    found = Comparison(
+        finite=np.ones(len(at), bool),
+        kld=values,
+        same_top=at % 1000 >= 1000 * min(kld, 0.5),
+        nll_ref=np.full(len(at), 2.0),
+        nll=2.0 + values * np.cos(at),
+    )
+    teacher = sha256(corpus.encode()).hexdigest()
+    return divergence(found, [size] * windows, corpus, teacher, 512 if corpus == "text" else 1807)
+
+
+def quality(
+    project: Project, manifest: Manifest | Baseline, kld: float, spread: float = 0.1, base_hash: str = "", **change: Any
+) -> Quality:
+    """What `publish eval` would leave. base_hash: of a baseline."""
+    said = [min(64, int(2 / kld) % 65 + i) for i in range(10)]
+    return Quality(
+        version=QUALITY_VERSION, weights_hash=manifest.weights_hash,
+        base_hash=base_hash if isinstance(manifest, Baseline) else manifest.inputs.base.source_hash,
+        settings=quality_settings(project), nbytes=manifest.nbytes, text_nbytes=manifest.text_nbytes,
+        text_params=manifest.text_params, bpw=round(8 * manifest.text_nbytes / manifest.text_params, 4),
+        corpora=[over("text", kld, spread), over("chat", 1.2 * kld, spread)],
+        control=[over("text", 2.1e-9), over("chat", 2.4e-9)],
+        greedy=greedy(said, [64] * 10, 64), greedy_control=greedy([64] * 10, [64] * 10, 64), missing=[],
+        text_hash=sha256(b"text").hexdigest(), chat_hash=sha256(b"chat").hexdigest(),
+        calibration_hash=calibration_hash(project), overlap=Overlap(ngram=32, shared=0), compute="float32", device=M3,
+        wall_s=100, measured_at="2026-11-22T10:00:00+00:00",
+    ).model_copy(update=change)  # fmt: skip
+
+
+def baseline(project: Project, name: str, recipe: str, like: Manifest, share: float, kld: float) -> None:
+    """A foreign model on record, of a share of a variant's bytes."""
+    known = project.store.baselines
+    others = Baselines.model_validate_json(known.read_bytes()).baselines if known.is_file() else []
+    text_nbytes = int(share * like.text_nbytes)
+    entry = Baseline(
+        name=name, recipe=recipe, bits=4, group_size=64, imatrix=None, inputs=sha256(b"i" + name.encode()).hexdigest(),
+        weights_hash=sha256(name.encode()).hexdigest(), nbytes=like.nbytes - like.text_nbytes + text_nbytes,
+        text_nbytes=text_nbytes, text_params=like.text_params,
+    )  # fmt: skip
+    write_model(known, Baselines(baselines=[*others, entry]))
+    record(project, quality(project, entry, kld, base_hash=like.inputs.base.source_hash))
+
+
+def record(project: Project, *results: Bench | Smoke | Quality) -> None:
     for r in results:
         write_model(project.store.results(r.weights_hash) / f"{type(r).__name__.lower()}.json", r)

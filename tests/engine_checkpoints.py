@@ -10,6 +10,7 @@ from typing import Any
 
 from inference.backend import mx
 from inference.checkpoint import QuantSpec
+from inference.families import names_of
 from inference.load import Weights
 from inference.qwen3_5.names import PLUS_ONE, read_config, text_shapes
 
@@ -86,12 +87,13 @@ def _original_layout(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
 def write_variant(
     base: Path, folder: Path, default: QuantSpec | None, overrides: dict[str, QuantSpec | bool] | None = None
 ) -> Path:
-    """`base` in MLX layout: every matrix that `default` fits in that format, modules of `overrides` in their own."""
+    """`base`, of any family, in MLX layout: every matrix in the `default` format, modules of `overrides` in their own."""
     folder.mkdir(parents=True, exist_ok=True)
     overrides = overrides or {}
     weights = Weights(base)
+    names = names_of(weights.raw_config)
     tensors: dict[str, mx.array] = {}
-    for name, shape in text_shapes(weights.config).items():
+    for name, shape in names.text_shapes(weights.config).items():
         module = name.removesuffix(".weight")
         x = weights.array(name)
         x = x if name.endswith("A_log") else x.astype(mx.bfloat16)
@@ -103,7 +105,7 @@ def write_variant(
         weight, scales, *biases = mx.quantize(x, spec.group_size, spec.bits, mode=spec.mode)
         tensors |= {name: weight, f"{module}.scales": scales} | ({f"{module}.biases": biases[0]} if biases else {})
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
-    config = dict(weights.raw_config)
+    config = names.mlx_config(weights.raw_config)
     if default:
         named = {m: False if s is False else _entry(s) for m, s in overrides.items()}  # type: ignore[arg-type]
         config["quantization"] = config["quantization_config"] = _entry(default) | named

@@ -493,7 +493,7 @@ def test_override_block_by_block(tmp_path: Path, facts: Facts) -> None:
     "block",
     [
         "front_matter", "title", "lead", "compatibility", "intro", "glance", "own", "variants", "protocol", "speed",
-        "bits", "strategy", "quality", "usage", "how", "limitations", "acknowledgments", "license",
+        "bits", "strategy", "quality", "choose", "smoke", "usage", "how", "limitations", "acknowledgments", "license",
     ],
 )  # fmt: skip
 def test_every_section_is_a_block(tmp_path: Path, facts: Facts, block: str) -> None:

@@ -130,11 +130,15 @@ SECTIONS = {
     "Ladder": "Top level",
     "Base": "base",
     "VariantSpec": "variants",
+    "AllocationSpec": "allocation",
+    "FloorSpec": "Floors",
     "RecipeSpec": "Recipes",
     "RuleSpec": "Rules",
     "ImatrixSource": "imatrix",
     "SmokeSpec": "smoke",
     "BenchSpec": "bench",
+    "CalibrationSpec": "calibration",
+    "EvaluationSpec": "evaluation",
     "CardSpec": "card",
     "CollectionSpec": "collection",
     "Lock": "variants.lock",
@@ -178,7 +182,26 @@ def test_documented_defaults_are_those_of_the_schema(model: type[BaseModel]):
             assert said != "required", key
 
 
-@pytest.mark.parametrize("name", ["Manifest", "BuildInputs", "BuildRecord", "Smoke", "Bench", "Speed", "Receipt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Manifest",
+        "BuildInputs",
+        "Allocation",
+        "Costs",
+        "BuildRecord",
+        "Smoke",
+        "Bench",
+        "Speed",
+        "Quality",
+        "Divergence",
+        "Greedy",
+        "Teacher",
+        "Continuations",
+        "Baseline",
+        "Receipt",
+    ],
+)
 def test_every_key_of_the_other_files_is_documented(name: str):
     text = WRITTEN[ROOT / "docs/files.md"]
     missing = [k for k in getattr(files, name).model_fields if f"`{k}`" not in text]
@@ -225,10 +248,11 @@ def test_the_blocks_of_a_card_are_documented():
     assert re.findall(r"`(\w+)`", listed) == ours
 
 
-@pytest.mark.parametrize("path", ["variants.yaml", "examples/tiny/variants.yaml"])
+@pytest.mark.parametrize("path", ["variants.yaml", "examples/unsloth.yaml", "examples/tiny/variants.yaml"])
 def test_ladders_of_this_repo_load(path: str):
     project = load_project(ROOT / path)
-    assert [v.bits for v in project.ladder.variants.values()] == [2, 3, 4, 5, 6, 8]
+    widths = [v.bits or f"{v.size}".removeprefix("as unsloth ") for v in project.ladder.variants.values()]
+    assert [int(w) for w in widths] == [2, 3, 4, 5, 6, 8]
     assert list(project.ladder.variants) == [f"Q{b}_K_XL" for b in (2, 3, 4, 5, 6, 8)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WITHOUT_MLX = ("errors", "checkpoint", "layout", "families", "qwen3_5.names")
+WITHOUT_MLX = ("errors", "checkpoint", "layout", "families", "llama.names", "qwen3_5.names")
 FOREIGN = ("torch", "transformers", "mlx_lm", "huggingface_hub", "publisher", "quant")
 
 
@@ -25,7 +25,7 @@ def test_headers_can_be_read_without_mlx():
 
 
 def test_the_engine_imports_nothing_of_the_project_or_of_torch():
-    code = "import inference.generate, inference.divergence, inference.load, inference.qwen3_5.model, sys"
+    code = "import inference.generate, inference.divergence, inference.load, inference.llama.model, inference.qwen3_5.model, sys"
     assert run(f"{code}; print([m for m in {FOREIGN} if m in sys.modules])") == "[]"
 
 

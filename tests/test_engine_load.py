@@ -147,7 +147,7 @@ def quantization(**changes):
 
 
 BROKEN_CONFIGS = {
-    "unknown model_type": (lambda c: c.update(model_type="llama"), "'llama' is not supported; supported: qwen3_5"),
+    "unknown model_type": (lambda c: c.update(model_type="gpt2"), "'gpt2' is not supported; supported: llama, qwen3_5"),
     "no model_type": (lambda c: c.pop("model_type"), "model_type None is not supported"),
     "text_config no object": (lambda c: c.update(text_config=3), "text_config must be an object"),
     "missing key": (lambda c: c["text_config"].pop("hidden_size"), "text_config.hidden_size: found None"),

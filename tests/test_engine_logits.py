@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from inference import blocks
 from inference.backend import BACKEND, mx
 from inference.load import hidden_states_streamed, load, load_head
-from inference.qwen3_5 import model as qwen
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # Largest difference of a logit over 512 tokens. Measured in float32: 2.2e-5. A GPU computes in bfloat16.
@@ -62,7 +62,7 @@ def test_split_prefill_agrees_with_transformers(model, recorded, points):
 
 def test_long_prompts_are_worked_off_in_pieces(model, recorded, monkeypatch):
     monkeypatch.setattr("inference.load.PREFILL_STEP", 100)
-    monkeypatch.setattr(qwen, "SCORE_BYTES", 4 * 4 * 512 * 30)  # blocks of 30 queries and more
+    monkeypatch.setattr(blocks, "SCORE_BYTES", 4 * 4 * 512 * 30)  # blocks of 30 queries and more
     check(model.forward(mx.array(recorded["ids"])[None]), recorded)
 
 

@@ -20,7 +20,15 @@ LIBRARIES = {
     "safetensors": ("publisher/verify.py",),
     "gguf": ("quant/imatrix.py",),
     "mlx": ("inference/backend.py",),
-    "numpy": ("inference", "quant", "publisher/smoke.py"),
+    "numpy": (
+        "inference",
+        "quant",
+        "publisher/smoke.py",
+        "publisher/evaluate_corpora.py",
+        "publisher/evaluate_figures.py",
+        "publisher/evaluate_teacher.py",
+    ),
+    "matplotlib": ("publisher/card_figure.py",),
     "tokenizers": ("inference/tokenizer.py",),
     "click": ("publisher/cli.py",),
     "rich": ("publisher/show.py", "publisher/report.py"),
@@ -33,9 +41,21 @@ LIBRARIES = {
 DISTRIBUTION = {"yaml": "pyyaml"}  # where the name on PyPI is another
 # what `plan` and `status` import: none of it may import MLX, not even inside a function that they call
 LIGHT = {
-    "publisher": ("schema", "variants", "store", "plan", "base", "survey", "staleness", "protocol", "starter", "show"),
-    "quant": ("recipe", "builtin", "qwen3_5", "source", "version", "folder", "shards"),
-    "inference": ("errors", "checkpoint", "layout", "families", "qwen3_5.names"),
+    "publisher": (
+        "schema",
+        "variants",
+        "store",
+        "plan",
+        "base",
+        "survey",
+        "staleness",
+        "protocol",
+        "source",
+        "starter",
+        "show",
+    ),
+    "quant": ("recipe", "builtin", "llama", "qwen3_5", "source", "version", "folder", "shards"),
+    "inference": ("errors", "checkpoint", "layout", "families", "llama.names", "qwen3_5.names"),
 }
 
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from card_ladder import sparse
 from conftest import EXAMPLE, PUBLISH, environment
 
@@ -79,10 +80,29 @@ def nine_billion(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_9b_ladder_has_the_published_sizes(nine_billion, publish):
-    plan = json.loads(publish("plan", "--json", cwd=nine_billion).ok().out)
-    assert [round(v["nbytes"] / GIB) for v in plan["variants"]] == [5, 6, 8, 9, 9, 10]
-    assert plan["variants"][0]["text_params"] == 8_953_803_264
+def planned(publish, folder: Path, ladder: str) -> list[dict]:
+    """Plan of a ladder of this repo, on the base in `folder`."""
+    text = (EXAMPLE.parents[1] / ladder).read_text()
+    value = yaml.safe_load(text) | {"base": "./Qwen3.5-9B"}
+    (folder / "other.yaml").write_text(json.dumps(value))
+    try:
+        return json.loads(publish("plan", "--file", "other.yaml", "--json", cwd=folder).ok().out)["variants"]
+    finally:
+        (folder / "other.yaml").unlink()
+
+
+def test_the_reference_ladder_has_the_published_sizes(nine_billion, publish):
+    plans = planned(publish, nine_billion, "examples/unsloth.yaml")
+    assert [round(v["nbytes"] / GIB, 2) for v in plans] == [5.45, 6.43, 7.53, 8.68, 9.43, 10.18]
+    assert plans[0]["text_params"] == 8_953_803_264
+    assert any(c["awq"] for c in plans[0]["classes"])
+
+
+def test_the_ladder_of_this_repo_has_the_bytes_of_the_reference(nine_billion, publish):
+    reference = planned(publish, nine_billion, "examples/unsloth.yaml")
+    own = planned(publish, nine_billion, "variants.yaml")
+    assert [v["nbytes"] for v in own] == [v["nbytes"] for v in reference]
+    assert [v["bits"] for v in own] == [v["bits"] for v in reference]
 
 
 def test_vision_stays_in_bf16_and_mtp_is_dropped(nine_billion, publish):
@@ -217,7 +237,5 @@ def test_help_does_not_even_import_pydantic(tmp_path):
 
 def test_the_example_is_what_this_suite_builds(built):
     """Guards the fixture: the six variants of the example, no fewer."""
-    import yaml
-
     ids = yaml.safe_load((EXAMPLE / "variants.yaml").read_text())["variants"]
     assert {p.name for p in (built / "build").iterdir()} >= set(ids)

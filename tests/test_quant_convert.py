@@ -23,6 +23,7 @@ from quant import solve as solve_module
 from quant import stream
 from quant.convert import convert, finish
 from quant.folder import weights_hash
+from quant.moments import FromImportance
 from quant.shards import plan_layout
 from quant.source import source_hash_of
 
@@ -342,22 +343,22 @@ def test_a_source_that_is_not_finite_is_refused(copy, tmp_path, bits):
 
 
 def test_an_unknown_solver_is_refused(tiny, tmp_path):
-    with pytest.raises(InputError, match=r"^solver 'magic' is unknown; known: rtn$"):
+    with pytest.raises(InputError, match=r"^solver 'magic' is unknown; known: rtn, ls, gptq$"):
         convert([job(tiny, tmp_path / "v", solver="magic")])
 
 
 def test_solvers_get_the_statistics_of_what_the_folded_weight_sees(tiny, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(w, statistics, spec):
-        if statistics is not None:
-            seen[w.shape] = np.array(statistics)
+    def spy(w, moments, spec, effort):
+        if moments is not None:
+            seen[w.shape] = moments.second
         return solve_module._rtn(w, None, spec)
 
-    monkeypatch.setitem(solve_module.SOLVERS, "spy", solve_module.Solver(spy, uses_statistics=True))
+    monkeypatch.setitem(solve_module.SOLVERS, "spy", solve_module.Solver(spy, uses_second=True))
     j = job(tiny, tmp_path / "v", imatrix=TINY_IMATRIX, solver="spy")
     module = "language_model.model.layers.0.mlp.down_proj"
-    convert([replace(j, statistics={module: np.full(768, 2.0, np.float32)})])
+    convert([replace(j, moments=FromImportance({module: np.full(768, 2.0, np.float32)}))])
     np.testing.assert_allclose(seen[256, 768], 2 / j.folds[f"{module}.weight"].columns ** 2, rtol=1e-6)
 
 

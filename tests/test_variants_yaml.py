@@ -38,7 +38,7 @@ FAULTS = {
     "imatrix_without_file": (2, "acme/statistics", "either path, or repo and file"),
     "merge_key": (4, "*q", "aliases are not taken"),
     "missing_base_folder": (2, "found './nowhere'", "an existing folder"),
-    "missing_bits": (3, "variants.Q4", "bits is missing"),
+    "missing_bits": (3, "variants.Q4", "either bits or size"),
     "missing_file": (2, "imatrix: found './nowhere.gguf'", "an existing file"),
     "mode_with_other_bits": (6, "6 in groups of 64", "mxfp4 has 4 bits in groups of 32"),
     "mtp_misspelt": (2, "mtp: found 'dropped'", "'drop', 'keep' or 'split'"),

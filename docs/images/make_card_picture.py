@@ -2,7 +2,8 @@
 
     python docs/images/make_card_picture.py demo-out/build/Q4_K_XL/README.md docs/images/card.png
 
-Needs markdown-it-py (which rich brings) and a Chromium on the path. The picture ends before the heading `UNTIL`.
+Needs markdown-it-py (which rich brings) and a Chromium on the path. The picture ends with the figure of
+the card, or, where it has none, before the heading `UNTIL`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 WIDTH = 1000  # CSS pixels, and pixels of the picture
-UNTIL = "<h2>Speed of This Variant</h2>"
+QUALITY, UNTIL = "<h2>Quality</h2>", "<h2>Speed of This Variant</h2>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 STYLE = """
 * { box-sizing: border-box; }
@@ -31,15 +32,20 @@ table { border-collapse: collapse; margin: 0 0 14px; font-size: 12.5px; }
 th, td { border: 1px solid #d1d9e0; padding: 5px 9px; text-align: left; }
 th { font-weight: 600; } tr:nth-child(2n) td { background: #f6f8fa; }
 thead tr th:empty { padding: 0 11px; }
+img { max-width: 760px; display: block; } img[src$="#hf-dark-mode-only"] { display: none; }
+details { margin: 0 0 14px; }
 """
 
 
-def page(card: str) -> str:
-    """HTML of the card's top part, without the metadata."""
+def page(card: str, folder: Path) -> str:
+    """HTML of the card's top part, without the metadata. folder: where its pictures are."""
     text = re.sub(r"\A---\n.*?\n---\n", "", card, count=1, flags=re.S)
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><style>{STYLE}</style>'
-    return f"{head}<body>{body.split(UNTIL)[0]}</body></html>"
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><base href="{folder.resolve().as_uri()}/">'
+    head += f"<style>{STYLE}</style>"
+    top, heading, rest = body.partition(QUALITY)
+    shown = top + heading + rest.split("<table>")[0] if "<img" in rest else body.split(UNTIL)[0]
+    return f"{head}<body>{shown}</body></html>"
 
 
 def browser() -> str:
@@ -58,7 +64,7 @@ def run(*arguments: str) -> str:
 
 
 def main(card: Path, picture: Path) -> None:
-    html = page(card.read_text(encoding="utf-8"))
+    html = page(card.read_text(encoding="utf-8"), card.parent)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "card.html"
         # first the height of the page, which the page itself writes down; then a window of just that height

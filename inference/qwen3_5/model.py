@@ -9,25 +9,19 @@ Follows `transformers` models qwen3_5 and qwen3_5_moe.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
 
 from ..backend import fused, mx
+from ..blocks import MLP, Weights, attend, rms_norm, streamed, swiglu
 from ..cache import Cache, DeltaCache, KVCache
 from ..gated_delta import gated_delta
 from ..linear import Linear
 from .names import Config
 
 PREFIX = "language_model.model."
-SCORE_BYTES = 256 << 20  # largest block of attention scores, where the backend has no fused kernel
 SORT_ROWS = 64  # routed rows from which sorting them by expert pays; mlx-lm's figure
 L2_EPS = 1e-6  # of the norm of q and k, added to the sum of squares
-
-
-class Weights(Protocol):
-    """Tensors of one checkpoint by MLX name, each read once."""
-
-    def linear(self, module: str) -> Linear: ...
-    def array(self, name: str) -> mx.array: ...
 
 
 class TextModel:
@@ -53,23 +47,21 @@ class TextModel:
         return self.lm_head(hidden)
 
 
-def hidden_streamed(cfg: Config, weights: Weights, batches: list[mx.array]) -> list[mx.array]:
+def hidden_streamed(
+    cfg: Config,
+    weights: Weights,
+    batches: list[mx.array],
+    after_layer: Callable[[int], None] | None = None,
+    step: int | None = None,
+) -> list[mx.array]:
     """`TextModel.hidden` of each batch [B, T] with one layer in memory at a time, all batches passing through it.
 
+    after_layer(i) is called once they all have passed layer i; step: tokens of a batch that pass at a time, all for None.
     Peak: the largest layer (or the embedding) and the states of all batches.
     """
-    embed = weights.linear(PREFIX + "embed_tokens")
-    states = [embed.rows(tokens) for tokens in batches]
-    mx.eval(states)
-    del embed
-    entries = make_cache(cfg).layers
-    for i in range(cfg.num_hidden_layers):
-        layer = Layer(cfg, i, weights)
-        for j, x in enumerate(states):
-            states[j] = layer(x, type(entries[i])())
-            mx.eval(states[j])
-        del layer
-        mx.clear_cache()
+    layers = [partial(Layer, cfg, i, weights) for i in range(cfg.num_hidden_layers)]
+    embed = partial(weights.linear, PREFIX + "embed_tokens")
+    states = streamed(embed, layers, make_cache(cfg).layers, batches, after_layer, step)
     norm = weights.array(PREFIX + "norm.weight")
     return [rms_norm(x, norm, cfg.rms_norm_eps) for x in states]
 
@@ -129,25 +121,6 @@ class Attention:
         )
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """Causal attention of the last T of S tokens, in blocks of queries whose scores fit SCORE_BYTES.
-
-    q: [B, Hq, T, D]; k, v: [B, Hkv, S, D]. Returns [B, Hq, T, D]. Softmax is in float32.
-    """
-    b, heads, t, _ = q.shape
-    s = k.shape[2]
-    block = max(1, SCORE_BYTES // (4 * b * heads * s))
-    out = []
-    for i in range(0, t, block):
-        end = min(t, i + block)
-        upto = s - t + end
-        mask = "causal" if end - i > 1 else None
-        out.append(mx.fast.scaled_dot_product_attention(
-            q[:, :, i:end], k[:, :, :upto], v[:, :, :upto], scale=scale, mask=mask
-        ))  # fmt: skip
-    return out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
-
-
 class DeltaNet:
     """Gated delta net: a causal conv over q‖k‖v, then the gated delta rule, then a gated norm."""
 
@@ -195,17 +168,6 @@ class DeltaNet:
         return _conv_silu([x[:, i : i + t] for i in range(before + 1)], self.taps)
 
 
-class MLP:
-    def __init__(self, prefix: str, weights: Weights) -> None:
-        self.gate_proj, self.up_proj, self.down_proj = (
-            weights.linear(prefix + p) for p in ("gate_proj", "up_proj", "down_proj")
-        )
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """[B, T, H] → [B, T, H]"""
-        return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
 class MoE:
     """num_experts_per_tok of num_experts per token, and one shared expert for all, weighted by its own gate."""
 
@@ -230,7 +192,7 @@ class MoE:
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x: [N, H] → chosen experts [N, k] and their weights [N, k], which sum to 1; softmax over all, in float32."""
         p = mx.softmax(self.gate(x).astype(mx.float32), axis=-1, precise=True)
-        experts = mx.argpartition(p, kth=-self.k, axis=-1)[:, -self.k :]
+        experts = mx.stop_gradient(mx.argpartition(p, kth=-self.k, axis=-1)[:, -self.k :])
         scores = mx.take_along_axis(p, experts, axis=-1)
         return experts, scores / scores.sum(axis=-1, keepdims=True)
 
@@ -245,13 +207,8 @@ class MoE:
         return y[mx.argsort(order)].reshape(n, k, -1)
 
     def _apply(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
-        y = _swiglu(self.gate_proj.gather(x, experts, is_sorted), self.up_proj.gather(x, experts, is_sorted))
+        y = swiglu(self.gate_proj.gather(x, experts, is_sorted), self.up_proj.gather(x, experts, is_sorted))
         return self.down_proj.gather(y, experts, is_sorted)
-
-
-def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """In float32 whatever the weight's type (an original checkpoint's 1 + w is float32); the result has x's type."""
-    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
 
 
 @fused
@@ -279,8 +236,3 @@ def _times_silu(y: mx.array, z: mx.array) -> mx.array:
 @fused
 def _gate(y: mx.array, gate: mx.array) -> mx.array:
     return y * mx.sigmoid(gate)
-
-
-@fused
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return gate * mx.sigmoid(gate) * up

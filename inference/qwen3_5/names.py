@@ -145,6 +145,11 @@ def read_config(config: dict[str, Any]) -> Config:
     return cfg
 
 
+def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json that mlx-lm needs for the same model: as it is."""
+    return dict(config)
+
+
 def text_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor the text model must have, by MLX name, with its unpacked shape."""
     h, d = cfg.hidden_size, cfg.head_dim

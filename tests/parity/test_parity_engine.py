@@ -2,7 +2,8 @@
 
     python -m pytest tests/parity -m parity
 
-The small checkpoint is taken from $PUBLISH_SHARED or ../shared and skipped where there is neither.
+The small checkpoint is taken from $PUBLISH_SHARED or ../shared, SmolLM2 (benchmarks/make_smollm2.py) from $PUBLISH_SMOLLM2;
+either is skipped where it is not named or not there.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ pytest.importorskip("transformers")
 import numpy as np
 import transformers
 from engine_checkpoints import write_moe
-from record_logits import ROOT, TOKENS, evaluation_ids, hf_logits
+from llama_checkpoints import KINDS, write_llama
+from record_logits import ROOT, TOKENS, evaluation_ids, hf_logits, llama_ids
 
 from inference.backend import mx
 from inference.load import load
 
 pytestmark = pytest.mark.parity
-TOLERANCE = 2e-3  # of a logit, float32; measured: 2.2e-5 tiny, 1.8e-5 small
+TOLERANCE = 2e-3  # of a logit, float32; measured: 2.2e-5 tiny, 1.8e-5 small, 1.2e-4 SmolLM2
 SHARED = Path(os.environ.get("PUBLISH_SHARED") or ROOT.parent / "shared")
 
 
@@ -58,6 +60,33 @@ def test_small_agrees_with_transformers():
 def test_moe_agrees_with_transformers(tmp_path):
     folder = write_moe(tmp_path / "moe")
     check(folder, np.random.default_rng(0).integers(0, 240, TOKENS).tolist())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_agrees_with_transformers(kind, tmp_path):
+    folder = write_llama(tmp_path / kind, kind)
+    check(folder, np.random.default_rng(0).integers(0, 256, 400).tolist())
+
+
+def test_smollm2_agrees_with_transformers():
+    folder = Path(os.environ.get("PUBLISH_SMOLLM2") or "nowhere")
+    if not folder.is_dir():
+        pytest.skip("PUBLISH_SMOLLM2 names no folder")
+    ids = evaluation_ids(folder, 256)
+    expected = hf_logits(folder, ids)
+    model = load(folder)
+    cache = model.make_cache()
+    pieces = [ids[:100], ids[100:101], ids[101:]]
+    got = [np.array(model.forward(mx.array([p]), cache)[0].astype(mx.float32)) for p in pieces]
+    assert np.abs(np.concatenate(got) - expected).max() <= TOLERANCE
+
+
+def test_recorded_llama_logits_are_those_of_this_transformers(tmp_path):
+    recorded = np.load(ROOT / "tests/fixtures/llama-logits.npz")
+    for kind in KINDS:
+        got = hf_logits(write_llama(tmp_path / kind, kind), llama_ids())
+        assert recorded[f"{kind}.ids"].tolist() == llama_ids()
+        assert np.abs(got[:, recorded[f"{kind}.columns"]] - recorded[f"{kind}.logits"]).max() < 2e-4
 
 
 def test_recorded_logits_are_those_of_this_transformers(tiny):

@@ -1,0 +1,241 @@
+"""What each format of each tensor costs on this model, in nats of KL divergence a token: the allocator's prices.
+
+Second order. A change ΔW of one tensor costs about ½ Σ_o fisher_o · ΔW_o H ΔW_oᵀ (`quant.statistics`): ΔW is what a
+solver really leaves in that format, measured on a sample of rows. Every width is solved by least squares, other group sizes
+at one width; how much less the Hessian solver leaves is measured at one width, too. Both ratios hardly depend on the
+width (docs/quality.md).
+
+Then it is checked. For every class of tensors, all of them are rounded at PROBE_BITS, the model is run, and its true KL
+divergence over part of the calibration text is compared with what the sum of the figures says. The ratio, which holds
+what second order misses (recurrences, tensors that act together, large errors), multiplies the figures of its class.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from inference.backend import mx
+from inference.checkpoint import AFFINE_BITS, AFFINE_GROUPS, QuantSpec
+from inference.divergence import compare
+from inference.layout import Target
+from inference.linear import Linear, Packed
+from inference.load import Weights, hidden_states_of
+
+from .moments import FromStatistics
+from .recipe import TensorClass, class_of
+from .sample import restored, sample
+from .solve import QUICK, solve
+
+ROWS = 128  # of a tensor that are solved
+GROUP = 64  # at which every width is measured; other groups are at GROUP_BITS, and in proportion at other widths
+GROUP_BITS = 4
+LEAD_BITS = 3  # where the Hessian solver's lead is measured: within a few percent the same at all widths
+PROBE_BITS = (2, 4)
+PROBE_TOKENS = 4096
+LARGEST_FACTOR = 8.0  # of a class: beyond it the probe says more of itself than of the tensors
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A whole class at one width: KL divergence that was measured, and what its tensors' figures came to."""
+
+    label: str  # of the class
+    bits: int
+    group_size: int
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """modules: module → "bits/group" → nats a token, the class's factor applied."""
+
+    modules: dict[str, dict[str, float]]
+    probes: tuple[Probe, ...]
+    probe_tokens: int
+
+
+def measure(
+    folder: Path,
+    targets: Sequence[Target],
+    classes: Sequence[TensorClass],
+    known: FromStatistics,
+    windows: Sequence[Sequence[int]],
+    solver: str,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Costs of every matrix that has statistics.
+
+    folder: the base; windows: token ids of the calibration text for the probes, one length. Peak: the model's largest
+    layer or tensor in float32, its Hessian's factor, and the states of PROBE_TOKENS tokens.
+    """
+    tick = progress or (lambda what, done, total: None)
+    chosen = [t for t in targets if t.part == "text" and t.name.endswith(".weight") and known.knows(t.module)]
+    raw: dict[str, dict[str, float]] = {}
+    plain: dict[str, dict[str, float]] = {}
+    for n, target in enumerate(chosen):
+        plain[target.module], raw[target.module] = _costs(target, known, solver)
+        tick("errors", n + 1, len(chosen))
+    labels = {t.module: class_of(t, classes).label for t in chosen}
+    probes, tokens = _probes(folder, chosen, labels, plain, known, windows, tick)
+    factors = {(p.label, p.bits): _factor(p) for p in probes}
+    modules = {
+        m: {f: cost * _at(factors, labels[m], int(f.split("/")[0])) for f, cost in costs.items()}
+        for m, costs in raw.items()
+    }
+    return Sensitivity({m: _monotone(c) for m, c in modules.items()}, tuple(probes), tokens)
+
+
+def formats(columns: int) -> list[QuantSpec]:
+    return [QuantSpec(b, g) for b in AFFINE_BITS for g in AFFINE_GROUPS if columns % g == 0]
+
+
+def label(spec: QuantSpec) -> str:
+    return f"{spec.bits}/{spec.group_size}"
+
+
+# ------------------------------------------------------------------------------------------------ errors of formats
+
+
+def _costs(target: Target, known: FromStatistics, solver: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Cost of every format by least squares, and by the solver that will build."""
+    columns = target.shape[-1]
+    main = _group(columns)
+    measured: dict[QuantSpec, float] = {}
+    lead, base = 0.0, 0.0
+    samples = sample(target, ROWS)
+    for rows, weights, expert in samples:
+        part = slice(expert, expert + 1) if expert is not None else None
+        moments = known.moments(target.module, part, None, solver == "gptq")
+        price = _Price(known, target.module, rows, expert, len(samples))
+        x = weights[None] if expert is not None else weights
+
+        def cost(spec: QuantSpec, by: str) -> float:
+            left = restored(solve(x, moments, spec, by, QUICK), spec)  # noqa: B023
+            return price(weights, left[0] if left.ndim == 3 else left)  # noqa: B023
+
+        for spec in formats(columns):
+            if spec.group_size == main or spec.bits == GROUP_BITS:
+                measured[spec] = measured.get(spec, 0.0) + cost(spec, "ls")
+        if solver == "gptq":
+            spec = QuantSpec(LEAD_BITS, main)
+            lead, base = lead + cost(spec, "gptq"), base + cost(spec, "ls")
+    ratio = min(1.0, lead / base) if base > 0 else 1.0
+    at_main = max(measured[QuantSpec(GROUP_BITS, main)], 1e-30)
+    plain = {
+        label(s): measured[QuantSpec(s.bits, main)] * measured[QuantSpec(GROUP_BITS, s.group_size)] / at_main
+        for s in formats(columns)
+    }
+    return plain, {name: c * ratio for name, c in plain.items()}
+
+
+def _group(columns: int) -> int:
+    return GROUP if columns % GROUP == 0 else min(AFFINE_GROUPS)
+
+
+class _Price:
+    """½ c Σ_o fisher_o ΔW_o H ΔW_oᵀ of the sampled rows, scaled up to all of the tensor's."""
+
+    def __init__(self, known: FromStatistics, module: str, rows: np.ndarray, expert: int | None, samples: int) -> None:
+        objective = known.objective(module, expert)
+        fisher = objective.rows
+        # sampled rows and experts stand for the others in proportion to what those are worth
+        worth = float(fisher.sum()) / max(float(fisher[rows].sum()), 1e-30)
+        self.scale = 0.5 * objective.coherence * worth * objective.share / samples
+        self.hessian, self.fisher = mx.array(objective.hessian), mx.array(fisher[rows])
+        self.second, self.second_g = mx.array(objective.second), mx.array(objective.second_g)
+
+    def __call__(self, weights: mx.array, restored: mx.array) -> float:
+        e = weights.astype(mx.float32) - restored
+        square = mx.square(e)
+        whole = (((e @ self.hessian) * e).sum(axis=-1) * self.fisher).sum()
+        apart = ((square @ self.second) * self.fisher).sum()
+        own = ((square @ self.second_g) * self.fisher).sum()
+        return self.scale * float(own * whole / mx.maximum(apart, 1e-30))
+
+
+def _monotone(costs: dict[str, float]) -> dict[str, float]:
+    """At equal group size more bits never cost more: what a small sample says otherwise is noise."""
+    out = dict(costs)
+    for group in AFFINE_GROUPS:
+        names = [f"{b}/{group}" for b in sorted(AFFINE_BITS) if f"{b}/{group}" in out]
+        for low, high in itertools.pairwise(names):
+            out[high] = min(out[high], out[low])
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ probes
+
+
+def _probes(
+    folder: Path,
+    targets: Sequence[Target],
+    labels: Mapping[str, str],
+    plain: Mapping[str, Mapping[str, float]],
+    known: FromStatistics,
+    windows: Sequence[Sequence[int]],
+    tick: Progress,
+) -> tuple[list[Probe], int]:
+    context = len(windows[0])
+    used = [list(w) for w in windows if len(w) == context][: max(1, PROBE_TOKENS // context)]
+    tokens = [mx.array([w]) for w in used]
+    weights = Weights(folder, mx.float32)
+    head = weights.head()
+    want = [t for w in used for t in (*w[1:], 0)]  # the last has no next token; its figures of one are not used
+    teacher = _states(hidden_states_of(weights, tokens))
+    wanted = dict.fromkeys(labels[t.module] for t in targets)
+    out = []
+    for n, (name, bits) in enumerate((c, b) for c in wanted for b in PROBE_BITS):
+        specs = {t.module: QuantSpec(bits, _group(t.shape[-1])) for t in targets if labels[t.module] == name}
+        rounded = Rounded(weights, specs, known)
+        states = _states(hidden_states_of(rounded, tokens))
+        found = compare(teacher, head, states, rounded.head(), want)
+        predicted = sum(plain[m][label(s)] for m, s in specs.items())
+        out.append(Probe(name, bits, GROUP, predicted, float(np.nanmean(found.kld))))
+        tick("probes", n + 1, len(wanted) * len(PROBE_BITS))
+        mx.clear_cache()
+    return out, len(want)
+
+
+def _states(batches: Sequence[mx.array]) -> mx.array:
+    return mx.concatenate([b.reshape(-1, b.shape[-1]) for b in batches])
+
+
+class Rounded(Weights):
+    """The base with some modules rounded by least squares as they are loaded."""
+
+    def __init__(self, weights: Weights, specs: Mapping[str, QuantSpec], known: FromStatistics) -> None:
+        self.__dict__.update(weights.__dict__)
+        self._rounded, self._known = specs, known
+
+    def linear(self, module: str) -> Linear:
+        dense = super().linear(module)
+        spec = self._rounded.get(module)
+        if spec is None:
+            return dense
+        w = dense.weight.astype(mx.bfloat16)
+        packed = solve(w, self._known.moments(module, None, None, False), spec, "ls", QUICK)
+        assert packed.biases is not None
+        scales, biases = packed.scales.astype(mx.float32), packed.biases.astype(mx.float32)
+        return Packed(packed.codes, scales, biases, spec, mx.float32, dense.bias)
+
+
+def _factor(probe: Probe) -> float:
+    if probe.predicted <= 0 or not math.isfinite(probe.measured) or probe.measured <= 0:
+        return 1.0
+    return min(max(probe.measured / probe.predicted, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+
+
+def _at(factors: Mapping[tuple[str, int], float], name: str, bits: int) -> float:
+    """A class's factor at a width: that of the nearest probe outside their range, between them geometrically."""
+    known = {b: f for (n, b), f in factors.items() if n == name}
+    widths = sorted(known)
+    return math.exp(float(np.interp(bits, widths, [math.log(known[b]) for b in widths])))
