@@ -383,7 +383,7 @@ def test_calibrate_collects_once_and_again_when_the_text_changes(tiny, tmp_path,
     (tmp_path / "model").symlink_to(tiny)
     (tmp_path / "text.txt").write_text("In a hole in the wall there lived a clock. " * 30)
     (tmp_path / "variants.yaml").write_text(
-        "base: {path: model}\nrecipe: uniform\nvariants: {Q4: {bits: 4}}\n"
+        "base: {path: model}\nrecipe: uniform\nvariants: {Q4: {size: 4.5 bpw, solver: ls}}\n"
         "calibration: {text: text.txt, chat: false, tokens: 128, context: 64, fisher_tokens: 64}\n"
     )
     first = json.loads(publish("calibrate", "--json", "-q", cwd=tmp_path).ok().out)
