@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,16 @@ from publisher.staleness import quality_reasons
 from publisher.store import write_model
 from publisher.variants import load_project
 
-SMALL = "evaluation: {windows: 3, context: 64, chat_context: 160, greedy_tokens: 6}\n"
+SMALL = "evaluation: {windows: 3, context: 64, chat: few.json, chat_context: 160, greedy_tokens: 6}\n"
+PLAIN = SMALL.replace("chat: few.json, ", "")
+CONVERSATIONS = 4  # of the package's, so that a run takes seconds
 
 
 @pytest.fixture
 def small(ladder: Path) -> Path:
     """The built ladder with an evaluation of a few windows."""
+    chat = json.loads(files("publisher").joinpath("data/evaluation_chat.json").read_text(encoding="utf-8"))
+    (ladder / "few.json").write_text(json.dumps(chat[:CONVERSATIONS]))
     with open(ladder / "variants.yaml", "a") as f:
         f.write(SMALL)
     return ladder
@@ -141,7 +146,9 @@ def test_a_text_that_the_weights_may_have_been_fitted_to_is_refused(small, publi
 def test_a_damaged_file_is_one_clear_line(small, publish, data, key, told):
     (small / "x").write_bytes(data)
     path = small / "variants.yaml"
-    path.write_text(path.read_text().replace("evaluation: {", f"evaluation: {{{key}: ./x, "))
+    path.write_text(
+        path.read_text().replace("chat: few.json, ", "").replace("evaluation: {", f"evaluation: {{{key}: ./x, ")
+    )
     assert told in publish("eval", "Q8_K_XL", cwd=small).refused(2)
 
 
@@ -157,7 +164,7 @@ def test_what_is_not_there_is_refused(small, publish):
 def test_without_a_chat_template_the_text_alone_is_measured(tmp_path, quick_yaml, publish):
     from conftest import own_base, write_ladder
 
-    write_ladder(tmp_path, quick_yaml.split("variants:")[0] + SMALL + "variants:\n  Q4: {bits: 4}\n")
+    write_ladder(tmp_path, quick_yaml.split("variants:")[0] + PLAIN + "variants:\n  Q4: {bits: 4}\n")
     base = own_base(tmp_path)
     (base / "chat_template.jinja").unlink()
     config = json.loads((base / "tokenizer_config.json").read_text())
@@ -173,7 +180,7 @@ def test_without_a_chat_template_the_text_alone_is_measured(tmp_path, quick_yaml
 def test_foreign_baselines_are_measured_and_their_weights_are_not_kept(small, publish):
     path = small / "variants.yaml"
     text = path.read_text().replace(SMALL, "")
-    path.write_text(text.split("variants:")[0] + SMALL + "variants:\n  Q4_K_XL: {bits: 4}\n")
+    path.write_text(text.split("variants:")[0] + PLAIN + "variants:\n  Q4_K_XL: {bits: 4}\n")
     ran = publish("eval", "Q4_K_XL", "--baselines", "--json", cwd=small).ok()
     found = json.loads(ran.out)["baselines"]
     assert [b["name"] for b in found] == ["mlx-lm uniform 4-bit", "mlx-lm uniform 8-bit", "unsloth 4 as published"]
