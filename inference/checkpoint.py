@@ -29,6 +29,8 @@ ITEMSIZE = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 FLOATS = ("F16", "BF16", "F32")
+CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as a config.json names them
+MAX_LAYERS = 10_000  # far above any model; bounds what a hostile config can make us build
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)

@@ -118,9 +118,9 @@ def hidden_states_of(
     after_layer: Callable[[int], None] | None = None,
 ) -> list[mx.array]:
     """As `hidden_states_streamed`, of weights that are open already."""
-    return _family(weights.raw_config).hidden_streamed(
-        weights.config, weights, list(token_batches), after_layer=after_layer, step=step
-    )
+    family, cfg = _family(weights.raw_config), weights.config
+    entries = family.make_cache(cfg).layers
+    return family.TextModel.hidden_streamed(cfg, weights, entries, token_batches, after_layer, step)
 
 
 def load_head(folder: Path | str, compute: mx.Dtype | None = None) -> Linear:
@@ -153,7 +153,7 @@ class Weights:
 
     def head(self) -> Linear:
         """The output matrix."""
-        return _family(self.raw_config).lm_head(self.config, self)
+        return _family(self.raw_config).TextModel.head(self.config, self)
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ routing) is differentiated by MLX; which experts a token goes to is a constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -147,8 +147,3 @@ def output_gradients(
     readings = recorder.readings
     recorder.reset()
     return Gradients(grads[0], dict(zip(names, grads[1:], strict=True)), readings)
-
-
-def shared_inputs(readings: Sequence[Reading]) -> dict[str, str]:
-    """Module → name of the input that it reads (the first module that read it)."""
-    return {module: reading.name for reading in readings for module in reading.modules}

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from inference.backend import mx
+from inference.load import DTYPES
 
 from .awq import Exponents, Group, groups, scale
 from .imatrix import Imatrix
@@ -47,7 +48,7 @@ class _Member:
         # the fold is rounded to the stored type once, from the source's values
         source = replace(plan.target, dtype="F32")
         ((rows, weights, _),) = sample(source, ROWS)
-        self.dtype = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}[plan.target.dtype]
+        self.dtype = DTYPES[plan.target.dtype]
         self.weights, self.by = weights, by
         self.worth = plan.target.shape[0] / len(rows)
         self.second = imatrix.importance.get(plan.target.module, importance)

@@ -230,7 +230,7 @@ class _Run:
 
     def _fisher_head(self, _: int) -> None:
         module = self._head_module()
-        head = self.family.lm_head(self.cfg, self.weights)
+        head = self.family.TextModel.head(self.cfg, self.weights)
         norm = self.weights.array(self.family.PREFIX + "norm.weight")
 
         def final(x: mx.array) -> mx.array:
@@ -319,7 +319,7 @@ class _Run:
 
     def _head_module(self) -> str:
         recorder = Recorder()
-        head = self.family.lm_head(self.cfg, _Named(recorder))
+        head = self.family.TextModel.head(self.cfg, _Named(recorder))
         return head.module
 
     def _experts_of(self, reading: Reading, module: str) -> int | None:

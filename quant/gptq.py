@@ -26,6 +26,8 @@ import numpy as np
 
 from inference.backend import fused, mx
 
+from .least_squares import stored
+
 BLOCK = 64  # columns between two matrix products
 ROUNDS = 3  # of refit and descent after the first descent; a fourth gained under 0.3 % of e
 # Shrinking of correlations: 0.01, and more where tokens are few for the columns
@@ -213,17 +215,13 @@ def _refit(
     det = qq * ones - q1 * q1
     good = det > 1e-6 * qq * ones
     det = mx.where(good, det, 1.0)
-    s1 = _stored(s + (rq * ones - r1 * q1) / det, dtype)
+    s1 = stored(s + (rq * ones - r1 * q1) / det, dtype)
     # with the scale as it is stored, the bias that fits it
-    b1 = _stored(b + (r1 - (s1 - s) * q1) / mx.where(ones > 0, ones, 1.0), dtype)
+    b1 = stored(b + (r1 - (s1 - s) * q1) / mx.where(ones > 0, ones, 1.0), dtype)
     ds, db = s1 - s, b1 - b
     gain = 2 * (ds * rq + db * r1) - (ds * ds * qq + 2 * ds * db * q1 + db * db * ones)
     keep = good & (ones > 0) & (s1 != 0) & (gain > 0)
     return mx.where(keep, s1, s), mx.where(keep, b1, b)
-
-
-def _stored(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    return x.astype(dtype).astype(mx.float32)
 
 
 @fused

@@ -60,12 +60,13 @@ def _improve(
     _, vq, vqq, vqx, vx = _products(x, v, s, b, top)
     sums = (vq, vqq, vqx, vx)
     s1, b1 = _solve(s, b, total, *(t.sum(axis=-1, keepdims=True) for t in sums))
-    s1, b1 = _stored(s1, dtype), _stored(b1, dtype)
+    s1, b1 = stored(s1, dtype), stored(b1, dtype)
     e = _error(x, v, s1, b1, top).sum(axis=-1, keepdims=True)
     return _choose(s1, b1, e, *best)
 
 
-def _stored(x: mx.array, dtype: mx.Dtype) -> mx.array:
+def stored(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """float32 of x as it is when stored in dtype."""
     return x.astype(dtype).astype(mx.float32)
 
 

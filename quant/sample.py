@@ -7,6 +7,7 @@ import numpy as np
 from inference.backend import mx
 from inference.checkpoint import QuantSpec
 from inference.layout import Target, read_band
+from inference.load import DTYPES
 
 from .solve import Packed
 
@@ -51,4 +52,4 @@ def _typed(raw: np.ndarray, target: Target) -> mx.array:
     x = mx.array(raw)
     if target.source.dtype == "BF16":
         x = x.view(mx.bfloat16)
-    return x.astype({"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}[target.dtype])
+    return x.astype(DTYPES[target.dtype])

@@ -27,6 +27,7 @@ from inference.layout import Target
 from inference.linear import Linear, Packed
 from inference.load import Weights, hidden_states_of
 
+from .allocate import label
 from .moments import FromStatistics
 from .recipe import TensorClass, class_of
 from .sample import restored, sample
@@ -98,10 +99,6 @@ def formats(columns: int) -> list[QuantSpec]:
     return [QuantSpec(b, g) for b in AFFINE_BITS for g in AFFINE_GROUPS if columns % g == 0]
 
 
-def label(spec: QuantSpec) -> str:
-    return f"{spec.bits}/{spec.group_size}"
-
-
 # ------------------------------------------------------------------------------------------------ errors of formats
 
 
@@ -110,7 +107,7 @@ def _costs(target: Target, known: FromStatistics, solver: str) -> tuple[dict[str
     columns = target.shape[-1]
     main = _group(columns)
     measured: dict[QuantSpec, float] = {}
-    lead, base = 0.0, 0.0
+    lead = 0.0
     samples = sample(target, ROWS)
     for rows, weights, expert in samples:
         part = slice(expert, expert + 1) if expert is not None else None
@@ -126,8 +123,8 @@ def _costs(target: Target, known: FromStatistics, solver: str) -> tuple[dict[str
             if spec.group_size == main or spec.bits == GROUP_BITS:
                 measured[spec] = measured.get(spec, 0.0) + cost(spec, "ls")
         if solver == "gptq":
-            spec = QuantSpec(LEAD_BITS, main)
-            lead, base = lead + cost(spec, "gptq"), base + cost(spec, "ls")
+            lead += cost(QuantSpec(LEAD_BITS, main), "gptq")
+    base = measured[QuantSpec(LEAD_BITS, main)] if solver == "gptq" else 0.0
     ratio = min(1.0, lead / base) if base > 0 else 1.0
     at_main = max(measured[QuantSpec(GROUP_BITS, main)], 1e-30)
     plain = {

@@ -160,8 +160,13 @@ class Statistics:
         the first layer's input, and int64 [V], how often each token was looked up. A change ΔW costs about
         ½ Σ_v (n_v / Σ n) ΔW_v E[g gᵀ] ΔW_vᵀ nats a token, beside what it costs as an output.
 
-        Raises InputError if they were collected without gradients.
+        Read once and kept, since every band of an embedding asks for it. Raises InputError if they were collected without
+        gradients.
         """
+        return self._embedding
+
+    @cached_property
+    def _embedding(self) -> tuple[np.ndarray, np.ndarray]:
         file = EMBEDDING
         if file not in {f["path"] for f in self.record["files"]}:
             raise InputError(f"{self.folder.name}: collected without gradients")
@@ -171,7 +176,9 @@ class Statistics:
         h, v = found["column_hessian"], found["looked_up"]
         k = round((2 * h.shape[-1]) ** 0.5)  # packed_size(k) is about k² / 2
         k = next((n for n in range(max(k - BLOCK, 1), k + 1) if packed_size(n) == h.shape[-1]), 0)
-        return unpack(self._read(file, h.name, "F32", h.shape)[0], k), self._read(file, v.name, "I64", v.shape)
+        hessian = unpack(self._read(file, h.name, "F32", h.shape)[0], k)
+        hessian.setflags(write=False)
+        return hessian, self._read(file, v.name, "I64", v.shape)
 
     # What an error of a matrix costs, for solvers and prices. An embedding is looked up: there its rows' errors are weighed
     # by the gradient of the first layer's input, E[g gᵀ], in place of an input's E[x xᵀ], and by how often a token is

@@ -21,6 +21,7 @@ from inference.backend import BACKEND, mx
 from inference.checkpoint import ITEMSIZE, row_bands
 from inference.errors import CheckpointError, InputError
 from inference.layout import Target, read_band
+from inference.load import DTYPES
 
 from .awq import Fold
 from .job import Key, Lane, disk_order
@@ -32,7 +33,6 @@ LOOKAHEAD = 3  # bands
 # CPU streams that solve: measured on two cores, mx.quantize takes 0.42 GB/s of bf16 in one, 0.80 in two; a GPU gets one
 WORKERS = 2 if BACKEND == "cpu" else 1
 EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00}  # all ones: infinite or not a number
-MLX_DTYPE = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class Pass:
                 if fold is not None and fold.rows is not None:
                     rows = mx.array(fold.rows[start:stop])
                     x = x * (rows if x.ndim == 1 else rows[:, None])
-                x = x.astype(MLX_DTYPE[target.dtype])
+                x = x.astype(DTYPES[target.dtype])
                 if target.dtype == "F16" and not mx.isfinite(x).all().item():
                     raise CheckpointError(f"{target.name}: exceeds the range of float16")
             mx.eval(x)

@@ -23,7 +23,7 @@ from inference.divergence import kld
 from inference.errors import CheckpointError, InputError
 from inference.families import names_of
 from inference.layout import Target
-from inference.llama.model import Layer, lm_head
+from inference.llama.model import Layer, TextModel
 from inference.llama.names import mlx_config, read_config, rope_wavelengths, text_shapes
 from inference.load import Weights, hidden_states_streamed, load, load_head
 from publisher.localhub import LocalHub
@@ -312,10 +312,10 @@ def test_tensors_that_the_config_does_not_call_for_are_refused(change, text, bas
 def test_an_untied_checkpoint_needs_its_output(bases, tmp_path):
     folder = shutil.copytree(bases["untied"], tmp_path / "base")
     weights = Weights(folder)
-    assert lm_head(weights.config, weights).weight.shape == (256, 64)
+    assert TextModel.head(weights.config, weights).weight.shape == (256, 64)
     assert len([t for t in names_of(weights.raw_config).targets(read_checkpoint(folder))]) == 3 * 9 + 3
     tied = Weights(bases["tied"])
-    assert mx.array_equal(lm_head(tied.config, tied).weight, tied.array("model.embed_tokens.weight"))
+    assert mx.array_equal(TextModel.head(tied.config, tied).weight, tied.array("model.embed_tokens.weight"))
 
 
 # ------------------------------------------------------------------------------------------------ end to end

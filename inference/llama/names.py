@@ -11,14 +11,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint import FLOATS, ITEMSIZE, Checkpoint, TensorInfo
+from ..checkpoint import CONFIG_DTYPES, FLOATS, ITEMSIZE, MAX_LAYERS, Checkpoint, TensorInfo
 from ..errors import CheckpointError
 from ..layout import Target
 
 SKIPPED: tuple[str, ...] = ()  # tensors of a checkpoint in MLX layout that the text model does not read
 ROTARY = "rotary_emb.inv_freq"  # computed from the config instead
-MAX_LAYERS = 10_000  # far above any model; bounds what a hostile config can make us build
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -99,8 +97,8 @@ def read_config(config: dict[str, Any]) -> Config:
             f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"config.json: dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in CONFIG_DTYPES:
+        raise CheckpointError(f"config.json: dtype {dtype!r}: expected one of {', '.join(CONFIG_DTYPES)}")
     return Config(
         model_type=config["model_type"],
         hidden_size=hidden,
@@ -116,7 +114,7 @@ def read_config(config: dict[str, Any]) -> Config:
         intermediate_size=number("intermediate_size"),
         attention_bias=flag("attention_bias"),
         mlp_bias=flag("mlp_bias"),
-        dtype=DTYPES[dtype],
+        dtype=CONFIG_DTYPES[dtype],
     )
 
 

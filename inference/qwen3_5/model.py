@@ -9,14 +9,10 @@ Follows `transformers` models qwen3_5 and qwen3_5_moe.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 from ..backend import fused, mx
-from ..blocks import MLP, Weights, attend, rms_norm, streamed, swiglu
+from ..blocks import MLP, Decoder, Weights, attend, rms_norm, swiglu
 from ..cache import Cache, DeltaCache, KVCache
 from ..gated_delta import gated_delta
-from ..linear import Linear
 from .names import Config
 
 PREFIX = "language_model.model."
@@ -24,50 +20,12 @@ SORT_ROWS = 64  # routed rows from which sorting them by expert pays; mlx-lm's f
 L2_EPS = 1e-6  # of the norm of q and k, added to the sum of squares
 
 
-class TextModel:
-    """The whole text model; `layers[i]` and `embed`, `finish`, `logits` can also be used one by one."""
+class TextModel(Decoder):
+    prefix, output = PREFIX, "language_model.lm_head"
 
-    def __init__(self, cfg: Config, weights: Weights) -> None:
-        self.cfg = cfg
-        self.embed_tokens = weights.linear(PREFIX + "embed_tokens")
-        self.layers = [Layer(cfg, i, weights) for i in range(cfg.num_hidden_layers)]
-        self.norm = weights.array(PREFIX + "norm.weight")
-        self.lm_head = lm_head(cfg, weights) if not cfg.tie_word_embeddings else self.embed_tokens
-
-    def hidden(self, tokens: mx.array, cache: Cache) -> mx.array:
-        """tokens [B, T], which follow those in the cache → states after the last norm [B, T, H]."""
-        x = self.embed_tokens.rows(tokens)
-        for layer, entry in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, entry)
-        cache.length += tokens.shape[1]
-        return rms_norm(x, self.norm, self.cfg.rms_norm_eps)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """[B, T, H] → [B, T, V]"""
-        return self.lm_head(hidden)
-
-
-def hidden_streamed(
-    cfg: Config,
-    weights: Weights,
-    batches: list[mx.array],
-    after_layer: Callable[[int], None] | None = None,
-    step: int | None = None,
-) -> list[mx.array]:
-    """`TextModel.hidden` of each batch [B, T] with one layer in memory at a time, all batches passing through it.
-
-    after_layer(i) is called once they all have passed layer i; step: tokens of a batch that pass at a time, all for None.
-    Peak: the largest layer (or the embedding) and the states of all batches.
-    """
-    layers = [partial(Layer, cfg, i, weights) for i in range(cfg.num_hidden_layers)]
-    embed = partial(weights.linear, PREFIX + "embed_tokens")
-    states = streamed(embed, layers, make_cache(cfg).layers, batches, after_layer, step)
-    norm = weights.array(PREFIX + "norm.weight")
-    return [rms_norm(x, norm, cfg.rms_norm_eps) for x in states]
-
-
-def lm_head(cfg: Config, weights: Weights) -> Linear:
-    return weights.linear(PREFIX + "embed_tokens" if cfg.tie_word_embeddings else "language_model.lm_head")
+    @staticmethod
+    def make_layer(cfg: Config, index: int, weights: Weights) -> Layer:
+        return Layer(cfg, index, weights)
 
 
 def make_cache(cfg: Config) -> Cache:

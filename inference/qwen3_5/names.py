@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint import FLOATS, ITEMSIZE, Checkpoint, TensorInfo
+from ..checkpoint import CONFIG_DTYPES, FLOATS, ITEMSIZE, MAX_LAYERS, Checkpoint, TensorInfo
 from ..errors import CheckpointError
 from ..layout import Op, Part, Target
 
@@ -21,8 +21,6 @@ PLUS_ONE = re.compile(
     r"|^mtp\.norm|^mtp\.pre_fc_norm_embedding|^mtp\.pre_fc_norm_hidden)\.weight$"
 )
 SKIPPED = ("vision_tower.", "mtp.")  # tensors of a checkpoint in MLX layout that the text model does not read
-MAX_LAYERS = 10_000  # far above any model; bounds what a hostile config can make us build
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,8 @@ def read_config(config: dict[str, Any]) -> Config:
     experts = number("num_experts", 0, 0)
     head_dim = number("head_dim")
     dtype = text.get("dtype") or config.get("torch_dtype") or config.get("dtype") or "bfloat16"
-    if dtype not in DTYPES:
-        raise CheckpointError(f"config.json: dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if dtype not in CONFIG_DTYPES:
+        raise CheckpointError(f"config.json: dtype {dtype!r}: expected one of {', '.join(CONFIG_DTYPES)}")
     cfg = Config(
         model_type=config["model_type"],
         hidden_size=number("hidden_size"),
@@ -132,7 +130,7 @@ def read_config(config: dict[str, Any]) -> Config:
         num_experts_per_tok=number("num_experts_per_tok") if experts else 0,
         moe_intermediate_size=number("moe_intermediate_size") if experts else 0,
         shared_expert_intermediate_size=number("shared_expert_intermediate_size") if experts else 0,
-        dtype=DTYPES[dtype],
+        dtype=CONFIG_DTYPES[dtype],
     )
     for whole, part in (
         ("num_attention_heads", "num_key_value_heads"),
