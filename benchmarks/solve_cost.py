@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +67,11 @@ def main() -> None:
         print(row, flush=True)
     total = {k: round(v, 1) for k, v in total.items()}
     print("a whole model, seconds a variant (factorizing: once for all variants):", total)
-    print(f"peak {peak_memory() / 1e9:.2f} GB on {device_info().name}")
+    print(f"peak {peak_memory() / 1e9:.2f} GB on {device_info().device}")
     if args.json:
-        args.json.write_text(json.dumps({"device": vars(device_info()), "rows": rows, "total": total}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"device": asdict(device_info()), "rows": rows, "total": total}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

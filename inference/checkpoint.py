@@ -9,7 +9,6 @@ Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header le
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import struct
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .strict import parse_json, read_file
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_HEADER_BYTES = 25 << 20  # the Hub's own limit; the safetensors library takes 100 MB
 MAX_JSON_BYTES = 50_000_000  # config.json and index of the largest published models are below 10 MB
 
 # bytes of one element; the names are those of the safetensors format
@@ -31,6 +31,9 @@ ITEMSIZE = {
 FLOATS = ("F16", "BF16", "F32")
 CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as a config.json names them
 MAX_LAYERS = 10_000  # far above any model; bounds what a hostile config can make us build
+INDEX = "model.safetensors.index.json"
+MAX_NAME = 1000  # characters of a tensor's name
+MAX_RANK = 16  # axes of a tensor; published ones have 5 at most
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
@@ -140,28 +143,14 @@ class Checkpoint:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size. Raises CheckpointError."""
+    data = read_file(path, MAX_JSON_BYTES)
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path.name}: larger than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path.name}: not JSON ({str(e)[:120]})") from None
-    except OSError as e:
-        raise CheckpointError(f"{path}: {e.strerror}") from None
+        value = parse_json(data)
+    except ValueError as e:
+        raise CheckpointError(f"{path.name}: not JSON ({e})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name}: found a {type(value).__name__}, expected an object")
     return value
-
-
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        name = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {name!r} appears twice")
-    return out
 
 
 def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
@@ -184,9 +173,9 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from None
     try:
-        header = json.loads(blob, object_pairs_hook=_reject_duplicates)
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path.name}: header is not valid JSON ({str(e)[:120]})") from None
+        header = parse_json(blob)
+    except ValueError as e:
+        raise CheckpointError(f"{path.name}: header is not valid JSON ({e})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path.name}: header is no object")
     metadata = header.pop("__metadata__", {})
@@ -207,14 +196,17 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
 
 def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> TensorInfo:
     where = f"{path.name}: tensor {name}"
+    if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise CheckpointError(f"{path.name}: tensor {name[:60]!r}: expected a name of printable characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEMSIZE:
-        raise CheckpointError(f"{where}: dtype {dtype!r} is unknown")
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise CheckpointError(f"{where}: dtype {str(dtype)[:40]!r} is unknown")
     for key, value in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(value, list) or not all(type(d) is int and 0 <= d < 1 << 62 for d in value):
-            raise CheckpointError(f"{where}: {key} must be a list of sizes")
+        good = isinstance(value, list) and len(value) <= MAX_RANK
+        if not good or not all(type(d) is int and 0 <= d < 1 << 62 for d in value):
+            raise CheckpointError(f"{where}: {key} must be a list of sizes, at most {MAX_RANK}")
     if len(offsets) != 2 or offsets[0] > offsets[1] or base + offsets[1] > size:
         raise CheckpointError(f"{where}: data_offsets {offsets} lie outside the file ({size} bytes)")
     if count(shape) * ITEMSIZE[dtype] != offsets[1] - offsets[0]:
@@ -228,10 +220,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Config and all tensors of a checkpoint folder, index and shards agreeing. Raises CheckpointError."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
+    check_links(folder, [folder / "config.json", folder / INDEX])
     config = read_json(folder / "config.json")
     tensors: dict[str, TensorInfo] = {}
     formats: set[str] = set()
-    for file in shard_files(folder):
+    files = shard_files(folder)
+    check_links(folder, files)
+    for file in files:
         infos, metadata = read_header(file)
         formats.add(metadata.get("format", ""))
         for t in infos:
@@ -244,9 +239,28 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, tensors, formats == {"mlx"})
 
 
+def check_links(folder: Path, files: Iterable[Path]) -> None:
+    """Raises CheckpointError for a file of the folder that is a link out of it: it would be read, quantized and shipped.
+
+    In a snapshot of the Hugging Face cache every file is a link into `blobs`, of the repo or of the whole cache.
+    """
+    roots = [folder.resolve()]
+    if folder.absolute().parent.name == "snapshots":  # models--X/snapshots/COMMIT
+        roots += [(parent / "blobs").resolve() for parent in folder.absolute().parents[1:3]]
+    for path in files:
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError, ValueError):  # a link to itself, a NUL in the name
+            raise CheckpointError(f"{folder.name}/{path.name}: a link that leads nowhere") from None
+        if not any(real.is_relative_to(root) for root in roots):
+            raise CheckpointError(
+                f"{folder.name}/{path.name}: links to {real}, outside the folder; copy the file itself"
+            )
+
+
 def shard_files(folder: Path) -> list[Path]:
     """The weight files: those the index names, else `model*.safetensors`. Raises CheckpointError."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -257,6 +271,7 @@ def shard_files(folder: Path) -> list[Path]:
                 name != os.path.basename(name)
                 or name in ("", ".", "..")
                 or "\\" in name
+                or not name.isprintable()
                 or not name.endswith(".safetensors")
             ):
                 raise CheckpointError(
@@ -270,7 +285,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def _check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         return
     weight_map = read_json(index)["weight_map"]

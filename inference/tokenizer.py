@@ -1,40 +1,44 @@
 """Text ↔ token ids, the chat template, and text that streams.
 
 `tokenizer.json` is read by the `tokenizers` library; nothing else defines the vocabulary. Chat templates are programs
-from strangers: they run in Jinja's immutable sandbox, with the same extensions and functions that `transformers`
-gives them. Everything that can be wrong with these files is one CheckpointError.
+from strangers: they run in the sandbox of `inference.sandbox`, with the same extensions and functions that
+`transformers` gives them. Everything that can be wrong with these files is one CheckpointError.
 """
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
+import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
-import jinja2.visitor
 import tokenizers
 
 from .checkpoint import read_json
 from .errors import CheckpointError
+from .sandbox import TEMPLATE_ERRORS, Metered
+from .strict import parse_json, read_file
 
-MAX_TEMPLATE_BYTES = 1_000_000  # published templates are below 50 kB
-STEPS = 1_000_000  # turns of `range` in one rendering; a template takes a few a message
-TEXT = 4_000_000  # characters of one value
-WIDE = re.compile(r"\d{4}")  # a width or precision in a format string
+MAX_TOKENIZER_BYTES = 100 << 20  # the largest published are about 35 MB
+MAX_TEMPLATE_BYTES = 256 << 10  # published ones are below 50 kB; compiling takes up to a hundred times as much memory
+WORK = 20_000_000  # units of the sandbox for one rendering, about a second; a template takes a few thousand a message
+WORK_BY_SIZE = 500  # more of them for each character of the messages
+TEXT = 4 << 20  # bytes that a template may add to the messages
+GROWTH = 64  # largest factor by which normalizers and decoders may make a text longer; published ones make 3 of 1
+ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")  # no writer of JSON spells letters so
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # variables of a template
-# What a template can raise while it runs: Jinja's errors and whatever its expressions do to our values.
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
-)  # fmt: skip
 
 
 @dataclass
@@ -52,12 +56,15 @@ class Tokenizer:
         """Raises CheckpointError if a file is missing or malformed."""
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # noqa: BLE001 - the library raises Exception itself
-            raise CheckpointError(f"{path.name}: not a tokenizer ({str(e)[:120]})") from None
+        data = read_file(path, MAX_TOKENIZER_BYTES)
+        _check_charsmaps(path, data)
+        with _library(f"{path.name}: not a tokenizer"):
+            tokenizer = tokenizers.Tokenizer.from_buffer(data)
+            # a stranger's settings of these would cut texts short, or fill them up to any length
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            parts = [x.__getstate__() for x in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder) if x]
+        _check_growth(path, parts)
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
         special = {key: text for key in SPECIAL_TOKENS if (text := _token_text(config, key)) is not None}
         stop = _stop_ids(folder, tokenizer, special.get("eos_token"))
@@ -69,12 +76,14 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with _library("tokenizer.json: cannot encode the text"):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and of each the characters [start, end) of the text that it stands for."""
-        found = self._tokenizer.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
+        with _library("tokenizer.json: cannot encode the text"):
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+            return found.ids, found.offsets
 
     def bos(self) -> int | None:
         """The BOS id if this tokenizer begins a text with it: by `add_bos_token` of tokenizer_config.json, else by what
@@ -92,7 +101,8 @@ class Tokenizer:
         return token if token is not None and self.encode("a", add_special_tokens=True)[:1] == [token] else None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _library("tokenizer.json: cannot decode ids", silent=False):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def render_chat(
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -105,10 +115,9 @@ class Tokenizer:
             raise CheckpointError(f"{self.folder.name}: has no chat template")
         given = {"tools": None, "documents": None, **self.special, **variables}
         try:
-            template = _environment().from_string(self.template)
-            return _bounded(
-                template.generate(messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
-            )
+            env = _Sandbox([list(messages), given])
+            template = env.from_string(self.template)
+            return env.run(template, messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
         except TEMPLATE_ERRORS as e:
             first_line = (str(e).splitlines() or [""])[0]
             raise CheckpointError(
@@ -187,17 +196,14 @@ def _stop_ids(folder: Path, tokenizer: tokenizers.Tokenizer, eos_token: str | No
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, else `chat_template` of tokenizer_config.json (of several, the one named default)."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        if path.stat().st_size > MAX_TEMPLATE_BYTES:
-            raise CheckpointError(f"{path.name}: larger than {MAX_TEMPLATE_BYTES} bytes")
+    if path.exists():
         try:
-            return path.read_text(encoding="utf-8")
+            return read_file(path, MAX_TEMPLATE_BYTES).decode()
         except UnicodeDecodeError:
             raise CheckpointError(f"{path.name}: not UTF-8") from None
     value = config.get("chat_template")
     if isinstance(value, list):
-        named = {x.get("name"): x.get("template") for x in value if isinstance(x, dict)}
-        value = named.get("default")
+        value = next((x.get("template") for x in value if isinstance(x, dict) and x.get("name") == "default"), None)
         if value is None:
             raise CheckpointError("tokenizer_config.json: chat_template: none of the templates is named default")
     if value is not None and not isinstance(value, str):
@@ -215,89 +221,115 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _Plus(jinja2.visitor.NodeTransformer):
-    """a ~ b → a | string + b | string: one operator to watch over."""
+class _Sandbox(Metered):
+    """As `transformers.utils.chat_template_utils` sets it up, with a budget by the size of what is given to the template."""
 
-    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Expr:
-        self.generic_visit(node)
-        texts: list[jinja2.nodes.Expr] = [
-            jinja2.nodes.Filter(n, "string", [], [], None, None, lineno=node.lineno) for n in node.nodes
-        ]
-        total = texts[0]
-        for text in texts[1:]:
-            total = jinja2.nodes.Add(total, text, lineno=node.lineno)
-        return total
+    what = "chat"
 
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with a bound on the work of one rendering: STEPS turns of `range`, TEXT characters in one value."""
-
-    intercepted_binops = frozenset(("*", "**", "%", "+"))
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.steps = 0
-        self.globals["range"] = self._range
-
-    def _parse(self, *source: Any) -> jinja2.nodes.Template:
-        return _Plus().visit(super()._parse(*source))
-
-    def _range(self, *bounds: int) -> Iterator[int]:
-        for i in jinja2.sandbox.safe_range(*bounds):
-            self.steps += 1
-            if self.steps > STEPS:
-                raise OverflowError(f"more than {STEPS} turns of loops")
-            yield i
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        texts = [v for v in (left, right) if isinstance(v, str | list | tuple)]
-        numbers = [v for v in (left, right) if isinstance(v, int)]
-        if operator == "*" and texts and numbers and len(texts[0]) * max(numbers) > TEXT:
-            raise OverflowError(f"a value of more than {TEXT} characters")
-        if operator == "+" and sum(map(len, texts)) > TEXT:
-            raise OverflowError(f"a value of more than {TEXT} characters")
-        if operator == "**" and len(numbers) == 2 and abs(left).bit_length() * max(right, 0) > TEXT:
-            raise OverflowError("a number that is too large")
-        if operator == "%" and isinstance(left, str) and WIDE.search(left):
-            raise OverflowError("a width of more than three digits")
-        return super().call_binop(context, operator, left, right)
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        name = getattr(__obj, "__name__", "")
-        wide = name in ("center", "ljust", "rjust", "zfill") and args and isinstance(args[0], int) and args[0] > TEXT
-        owner = getattr(__obj, "__self__", None)
-        if wide or (name in ("format", "format_map") and isinstance(owner, str) and WIDE.search(owner)):
-            raise OverflowError(f"a value of more than {TEXT} characters")
-        return super().call(__context, __obj, *args, **kwargs)
+    def __init__(self, given: Any) -> None:
+        super().__init__(
+            work=WORK,
+            output=TEXT,
+            template_bytes=MAX_TEMPLATE_BYTES,
+            globals_=("range", "dict", "cycler", "joiner", "namespace"),
+            # `random` and `pprint` give another text each time
+            filters_=jinja2.filters.FILTERS.keys() - {"random", "pprint"},
+            functions={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
+            filters={"tojson": _tojson},
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
+        )
+        size = self.weigh(given)
+        self.work = self.left = WORK + WORK_BY_SIZE * size
+        self.output += 4 * size
 
 
-def _bounded(parts: Iterable[str]) -> str:
-    """The text of a rendering, which ends when it grows beyond TEXT."""
-    text, size = [], 0
+@contextmanager
+def _library(what: str, silent: bool = True) -> Iterator[None]:
+    """Whatever the tokenizers library raises, its panics included, as one CheckpointError.
+
+    A panic also writes where it happened to the process's stderr, which is closed to it meanwhile (silent).
+    """
+    try:
+        with _silence() if silent else nullcontext():
+            yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as e:  # noqa: BLE001 - Exception itself, and PanicException, which is none
+        raise CheckpointError(f"{what} ({str(e)[:120]})") from None
+
+
+_one_at_a_time = threading.RLock()  # there is one stderr
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with _one_at_a_time:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _check_charsmaps(path: Path, data: bytes) -> None:
+    """Raises CheckpointError for a normalizer's table that is shorter than it says: the library would ask for up to 8 GB
+    for it, and where there are none that ends the process without a word."""
+    if b"precompiled_charsmap" not in data and not ESCAPED_LETTER.search(data):
+        return
+    try:
+        stack = [parse_json(data)]
+    except ValueError as e:
+        raise CheckpointError(f"{path.name}: not JSON ({e})") from None
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            table = value.get("precompiled_charsmap")
+            if isinstance(table, str):
+                try:
+                    raw = base64.b64decode(table, validate=True)
+                except ValueError:
+                    raise CheckpointError(f"{path.name}: precompiled_charsmap: expected base64") from None
+                if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
+                    raise CheckpointError(f"{path.name}: precompiled_charsmap: shorter than it says")
+            stack += [v for k, v in value.items() if k != "model"]
+        elif isinstance(value, list):
+            stack += value
+
+
+def _check_growth(path: Path, parts: Sequence[bytes]) -> None:
+    """Raises CheckpointError where replacements in a row would make much of little: forty times `a` → `aa` is a terabyte.
+
+    parts: normalizer, pre-tokenizer and decoder as the library writes them.
+    """
     for part in parts:
-        text.append(part)
-        size += len(part)
-        if size > TEXT:
-            raise OverflowError(f"more than {TEXT} characters")
-    return "".join(text)
-
-
-def _bounded_format(value: str, *args: Any, **kwargs: Any) -> str:
-    if WIDE.search(value):
-        raise OverflowError("a width of more than three digits")
-    return value % (kwargs or args)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """As `transformers.utils.chat_template_utils` sets it up, with bounds. One environment renders once."""
-    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    env.filters["tojson"] = _tojson
-    env.filters["format"] = _bounded_format
-    for name in ("center", "wordwrap", "pprint", "random", "batch", "slice"):  # they pad or are not deterministic
-        del env.filters[name]
-    env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return env
+        growth = 1.0
+        stack = [json.loads(part)]
+        while stack:
+            step = stack.pop()
+            if isinstance(step, dict):
+                content = step.get("content", step.get("prepend"))
+                if step.get("type") == "ByteLevel":
+                    growth *= 2  # a character for each byte, most of them of two bytes
+                if step.get("type") in ("Replace", "Prepend") and isinstance(content, str):
+                    pattern = step.get("pattern")
+                    found = pattern.get("String") if isinstance(pattern, dict) else None
+                    # a regular expression may match nothing at all, between any two characters
+                    growth *= max(1.0, len(content.encode()) / len(found.encode()) if found else 1 + len(content))
+            stack += step.values() if isinstance(step, dict) else step if isinstance(step, list) else ()
+        if growth > GROWTH:
+            raise CheckpointError(
+                f"{path.name}: its replacements make {growth:.3g} characters of one, expected at most {GROWTH}"
+            )
 
 
 def _tojson(
@@ -313,4 +345,10 @@ def _tojson(
 
 
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise jinja2.TemplateError(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    if any(c.isdigit() for c in form):
+        raise jinja2.TemplateError("strftime_now: a width in a form of time")
+    return datetime.datetime.now().strftime(form)

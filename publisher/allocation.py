@@ -20,15 +20,16 @@ from inference.checkpoint import Checkpoint
 from inference.errors import InputError
 from inference.families import names_of
 from inference.layout import Target
+from inference.strict import read_file
 from quant.allocate import PINS, Allocated, Demand, allocate, demand
 from quant.allocate import Costs as CostTable
 from quant.recipe import Recipe, Rule, RuleError, resolve
 
 from .costing import COSTS, current, solver_of
-from .schema import Allocation, AllocationInput, Bench, Costs, Manifest, RuleSpec
+from .schema import Allocation, AllocationInput, Bench, Costs, Manifest
 from .sizes import CONTEXT, Facts, Size, nominal_bits, text_budget, workspace_bound
 from .store import digest, read_model, read_result, write_text
-from .variants import Project, explain, parse_yaml, to_rule
+from .variants import Project, explain, parse_yaml, to_rule, to_spec
 
 if TYPE_CHECKING:
     from .base import ResolvedBase
@@ -134,12 +135,13 @@ def _facts(
 
 
 def _workspace(size: Size, checkpoint: Checkpoint, targets: Sequence[Target], found: Sources) -> int:
-    """Measured if it was, else the bound from shapes. What a variant was built for stays as long as it is enough, so that
-    its own benchmark does not make it stale."""
+    """Measured if it was, else the bound from shapes. What a variant was frozen or built for stays as long as it is enough,
+    so that its own benchmark does not make it stale."""
     if size.kind != "memory":
         return 0
     bound = workspace_bound(names_of(checkpoint.config).read_config(checkpoint.config), targets)
-    own = found.built.workspace_nbytes if found.built and found.built.size == size.text else None
+    known = (a.workspace_nbytes for a in (found.frozen, found.built) if a and a.size == size.text)
+    own = next((nbytes for nbytes in known if nbytes is not None), None)
     if found.workspace is None:
         return own if own is not None else bound
     return own if own is not None and own >= found.workspace else found.workspace
@@ -200,7 +202,7 @@ def _allocation(
         statistics=costs.statistics,
         solver=costs.solver,
         version=costs.version,
-        rules=[_to_spec(r) for r in chosen.rules],
+        rules=[to_spec(r) for r in chosen.rules],
     )
 
 
@@ -212,12 +214,6 @@ def allocation_recipe(project: Project, id: str, allocation: Allocation) -> Reci
     """An allocation as a recipe: its rules, and of the variant's named recipe what is beside the rules (ceilings)."""
     rules = tuple(map(to_rule, allocation.rules))
     return replace(project.recipe(id), name=ALLOCATED, rules=rules, awq_exponent=0.0, origin=ORIGIN)
-
-
-def _to_spec(rule: Rule) -> RuleSpec:
-    value = {k: getattr(rule, k) for k in RuleSpec.model_fields}
-    layers = rule.layers
-    return RuleSpec.model_validate(value | {"layers": list(layers) if isinstance(layers, tuple) else layers})
 
 
 def _rule_key(rule: Rule) -> list[object]:
@@ -280,13 +276,12 @@ def measured_workspace(project: Project, base: ResolvedBase) -> int | None:
 def read_frozen(project: Project, id: str) -> Allocation | None:
     """The frozen allocation of a variant, or None. Raises InputError (one line) if it does not parse."""
     path = project.frozen_path(id)
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{_name(path)}: larger than {MAX_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except (OSError, UnicodeDecodeError) as e:
+    data = read_file(path, MAX_BYTES)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as e:
         raise InputError(f"{_name(path)}: cannot be read ({e.__class__.__name__})") from None
     value, lines = parse_yaml(text, _name(path))
     try:
@@ -298,9 +293,13 @@ def read_frozen(project: Project, id: str) -> Allocation | None:
 def freeze(project: Project, id: str, allocation: Allocation) -> Path:
     """Write an allocation beside variants.yaml, to be committed: from now on it is the variant's, whatever is measured."""
     path = project.frozen_path(id)
+    write_text(path, frozen_text(id, allocation))
+    return path
+
+
+def frozen_text(id: str, allocation: Allocation) -> str:
+    """A frozen allocation, as YAML."""
     value = allocation.model_dump(mode="json", exclude_none=True)
     value["rules"] = [r.model_dump(mode="json", exclude_defaults=True) for r in allocation.rules]
     body = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
-    head = f"# Formats of {id}, as `publish allocate {id} --freeze` found them. Builds use them as they are.\n"
-    write_text(path, head + body)
-    return path
+    return f"# Formats of {id}, as `publish allocate {id} --freeze` found them. Builds use them as they are.\n" + body

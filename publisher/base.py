@@ -6,6 +6,7 @@ A revision is resolved once and written to the lock; from then on everything wor
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,6 +84,10 @@ def locked_commit(project: Project, hub: Callable[[], Hub]) -> str:
     base, lock = project.ladder.base, project.lock()
     assert base.repo is not None
     if lock.base and (lock.base.repo, lock.base.revision) == (base.repo, base.revision):
+        if not re.fullmatch(r"[0-9a-f]{40}", lock.base.commit):  # it names a folder
+            raise InputError(
+                f"{project.lock_path.name}: base.commit: found {lock.base.commit!r}, expected a commit's id"
+            )
         return lock.base.commit
     commit = hub().resolve_commit(base.repo, base.revision)
     locked = LockedBase(repo=base.repo, revision=base.revision, commit=commit)

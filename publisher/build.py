@@ -17,11 +17,13 @@ from inference.errors import GateRefused, InputError
 from inference.tokenizer import Tokenizer
 from quant.folder import finish, replaced
 
-from . import __version__, card_figure
+from . import __version__, card_figure, provenance
 from .allocation import UNKNOWN
 from .base import ResolvedBase, fetch_imatrix, fingerprint, remember_source_hash
 from .card import figure, gather, render
+from .card_notes import Notes, read_card, read_notes
 from .plan import build_inputs, disk_needed, quant_table, select_targets
+from .prune import require_weights
 from .report import Report
 from .schema import (
     BaseInput,
@@ -39,12 +41,14 @@ from .schema import (
 from .store import PART, digest, discard_leftovers, exclusive, read_model, read_result, write_model, write_text
 from .survey import NOT_CALIBRATED, Rung, Survey, card_templates, failure, needs_imatrix, read_manifest, survey
 from .variants import Project
+from .verify import SIGNATURE
 
 if TYPE_CHECKING:
     from quant.awq import Exponents
     from quant.convert import Converted
     from quant.moments import MomentSource
 
+    from .ahead import Ahead
     from .hub import Hub
 
 SHARD = re.compile(r"(model(-\d{5}-of-\d{5})?|mtp)\.safetensors")  # of an earlier build, whatever its manifest says
@@ -62,8 +66,7 @@ class Outcome:
     failed: str | None
 
 
-@exclusive
-def build(
+def build_held(
     project: Project,
     ids: Sequence[str],
     hub: Callable[[], Hub],
@@ -71,20 +74,28 @@ def build(
     force: bool = False,
     skip: Collection[str] = (),
     evaluate: bool = False,
+    ahead: Ahead | None = None,
+    keep_pruned: bool = False,
 ) -> list[Outcome]:
-    """Bring variants up to date; cards of all built siblings follow, since they list each other.
+    """Bring variants up to date; cards of all built siblings follow, since they list each other. For a caller that holds
+    the lock.
 
+    ahead: is offered each variant as soon as its weights passed their smoke test. keep_pruned: weights that the hub holds
+    are not made again, unless a step needs them.
     Raises what the steps raise; a failed smoke test is not an exception but an Outcome.
     """
     seen = survey(project, hub, cards=False)
     _require_allocated(seen, ids)
     if _fetch_imatrices(project, seen, ids, hub):
         seen = survey(project, hub, cards=False)
-    if force or any(_needs_base(seen.rungs[id], skip) for id in ids):
-        seen = _with_weights(project, seen, ids, hub, report)
-    stale = [id for id in ids if force or seen.rungs[id].state.weights]
+    stale = [id for id in ids if force or _needs_weights(seen.rungs[id], skip, evaluate, keep_pruned)]
+    if stale or any(_needs_base(seen.rungs[id], skip) for id in ids):
+        seen = _with_weights(project, seen, ids, stale, hub, report)
     for id in stale:
-        report.line(f"{id}: weights: {'; '.join(seen.rungs[id].state.weights) or 'forced'}")
+        state = seen.rungs[id].state
+        report.line(f"{id}: weights: {'; '.join(state.weights) or ('pruned' if state.pruned else 'forced')}")
+    for id in set(ids) - set(stale):
+        _offer(ahead, seen.rungs[id])
     for id in set(ids) - set(stale):
         _sweep(project, id)
     if stale:
@@ -92,7 +103,9 @@ def build(
             Tokenizer.load(seen.base.folder)  # better refused now than after hours of quantizing
         quantize(project, seen, stale, hub, report)
         seen = survey(project, hub, weights=True, cards=False)
-    smoked, benched = measure_stale(project, seen, ids, report, force, skip)
+    for id in stale:
+        _offer(ahead, seen.rungs[id])
+    smoked, benched = measure_stale(project, seen, ids, report, force, skip, ahead)
     if evaluate:
         from .evaluate import evaluate_held  # noqa: PLC0415 - it needs this module
 
@@ -110,26 +123,42 @@ def build(
     return outcomes
 
 
+build = exclusive(build_held)
+
+
+def _needs_weights(rung: Rung, skip: Collection[str], evaluate: bool, keep_pruned: bool) -> bool:
+    """Whether weights have to be made: they are stale, or were pruned and somebody wants them."""
+    state = rung.state
+    return bool(
+        state.weights or (state.pruned and (not keep_pruned or _needs_base(rung, skip) or (evaluate and state.quality)))
+    )
+
+
+def _offer(ahead: Ahead | None, rung: Rung) -> None:
+    """Only weights that passed their smoke test as it is today may leave."""
+    if ahead and rung.manifest and not (rung.state.weights or rung.state.smoke or rung.state.failed):
+        ahead.offer(rung.id)
+
+
 def _require_allocated(seen: Survey, ids: Sequence[str]) -> None:
     open_ids = [id for id in ids if seen.rungs[id].plan.applied is None]
     if open_ids:
         raise InputError(f"{', '.join(open_ids)}: {UNKNOWN}")
 
 
-def _with_weights(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[], Hub], report: Report) -> Survey:
+def _with_weights(
+    project: Project, seen: Survey, ids: Sequence[str], stale: Collection[str], hub: Callable[[], Hub], report: Report
+) -> Survey:
     """The survey with the base downloaded, once it is sure that the disk holds it and what is built from it."""
     if seen.base.weights:
         return seen
     from .hub import check_disk, download_size  # noqa: PLC0415 - the client only for Hub bases
 
     connection, repo, commit = hub(), project.ladder.base.repo or "", seen.base.commit or ""
-    plans = [seen.rungs[id].plan for id in ids if seen.rungs[id].state.weights]
+    plans = [seen.rungs[id].plan for id in ids if id in stale]
     check_disk({connection.cache: download_size(connection, repo, commit), project.store.root: disk_needed(plans)})
 
-    def tell(what: str, done: int, total: int) -> None:
-        report.line(f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
-
-    return survey(project, hub, weights=True, cards=False, progress=tell)
+    return survey(project, hub, weights=True, cards=False, progress=report.nbytes)
 
 
 def _fetch_imatrices(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[], Hub]) -> bool:
@@ -176,9 +205,10 @@ def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[
         )
         manifest = _manifest(project, seen.rungs[done.variant], inputs[done.variant], exponents[done.variant], done)
         write_model(done.folder / "manifest.json", manifest)
-        _keep_images(project.store.variant(done.variant), done.folder)
+        _keep_own(project.store.variant(done.variant), done.folder)
         # before the folder is in place: from then on nothing comes back here
-        _record(project, manifest, ids, done, wall)
+        if not _as_pruned(seen.rungs[done.variant], manifest):
+            _record(project, manifest, ids, done, wall)
         finish(job.staging, project.store.variant(done.variant))
         report.line(
             f"{done.variant}: {manifest.nbytes / 1e9:.3f} GB, {8 * manifest.text_nbytes / manifest.text_params:.2f} bits a "
@@ -264,13 +294,23 @@ def _foreign(folder: Path) -> str | None:
     """A file that the folder's own manifest does not list; leftovers of a killed write do not count."""
     manifest = read_model(folder / "manifest.json", Manifest)
     known = {f.path for f in manifest.files} if manifest else set()
-    known |= {"manifest.json", "README.md", "images"}
+    known |= {"manifest.json", "README.md", "images", provenance.FOLDER, SIGNATURE}
     left = (p.name for p in sorted(folder.iterdir()) if p.name not in known and not SHARD.fullmatch(p.name))
     return next((n for n in left if not (n.startswith(".") and n.endswith(PART))), None)
 
 
-def _keep_images(old: Path, new: Path) -> None:
-    """Pictures of the publisher's own stay when weights are built again."""
+def _as_pruned(rung: Rung, manifest: Manifest) -> bool:
+    """Whether these are the bytes that were pruned: brought back, they are what was built and released then, and the record
+    of that, which is released with them, stays."""
+    return bool(rung.state.pruned and rung.manifest and rung.manifest.weights_hash == manifest.weights_hash)
+
+
+def _keep_own(old: Path, new: Path) -> None:
+    """Pictures and notes of the publisher's own stay when weights are built again."""
+    if read_notes(old / "README.md") not in (None, Notes()):
+        shutil.copyfile(
+            old / "README.md", new / "README.md"
+        )  # of other weights until it is rendered, so it cannot leave
     if (old / "images").is_dir():
         shutil.copytree(old / "images", new / "images", dirs_exist_ok=True)
 
@@ -363,14 +403,21 @@ def _record(project: Project, manifest: Manifest, ids: Sequence[str], done: Conv
         device=device(),
         probes=costs.probes if costs else [],
         probe_tokens=costs.probe_tokens if costs else 0,
+        versions=provenance.versions(),
     )
     write_model(project.store.results(manifest.weights_hash) / "build.json", record)
 
 
 def measure_stale(
-    project: Project, seen: Survey, ids: Sequence[str], report: Report, force: bool, skip: Collection[str]
+    project: Project,
+    seen: Survey,
+    ids: Sequence[str],
+    report: Report,
+    force: bool,
+    skip: Collection[str],
+    ahead: Ahead | None = None,
 ) -> tuple[set[str], set[str]]:
-    """Smoke and bench what needs it; returns the variants that were smoked and benched."""
+    """Smoke and bench what needs it; returns the variants that were smoked and benched. ahead: as for a build."""
     wanted = {}
     for id in ids:
         rung = seen.rungs[id]
@@ -386,7 +433,11 @@ def measure_stale(
         return set(), set()
     from .measure import Wanted, measure_all  # noqa: PLC0415 - MLX only when there is something to measure
 
-    done = measure_all(project, seen.base, {id: Wanted(*w) for id, w in wanted.items()}, report)
+    found = {id: Wanted(*w) for id, w in wanted.items()}
+    if ahead:
+        done = measure_all(project, seen.base, found, report, ahead.offer, ahead.quiet)
+    else:
+        done = measure_all(project, seen.base, found, report)
     return {id for id, m in done.items() if m.smoke}, {id for id, m in done.items() if m.bench}
 
 
@@ -395,7 +446,7 @@ def remeasure(project: Project, ids: Sequence[str], step: str, hub: Callable[[],
     """Run one step again on built variants, whatever is on record, and bring the cards after it."""
     seen = survey(project, hub, weights=True, cards=False)
     for id in ids:
-        require_built(project, id)
+        require_weights(project, require_built(project, id))
     from .measure import Wanted, measure_all  # noqa: PLC0415
 
     wanted = {id: Wanted(m, step == "smoke", step == "bench") for id in ids if (m := seen.rungs[id].manifest)}
@@ -425,18 +476,26 @@ def card_texts(project: Project, base: Path, ids: Sequence[str] | None = None) -
 
 
 def card_figures(project: Project, base: Path, ids: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """What of the pictures of every built variant's card is not what it would be now."""
+    """What beside the text of every built variant's card, its pictures and the provenance, is not what it would be now."""
     facts = gather(project, base)
     built = [id for id in ids or project.ladder.variants if facts.variant(id).contents]
-    return {id: card_figure.faults(project.store.variant(id), figure(facts, id)) for id in built}
+    return {
+        id: [
+            *card_figure.faults(project.store.variant(id), figure(facts, id)),
+            *provenance.faults(project.store.variant(id), provenance.expected(project, found.manifest)),
+        ]
+        for id in built
+        if (found := facts.variant(id).contents)
+    }
 
 
 def render_cards(project: Project, base: ResolvedBase, ids: Sequence[str] | None = None) -> set[str]:
-    """Write the cards and pictures that differ from what is on disk; returns whose."""
+    """Write the cards, pictures and provenance that differ from what is on disk; returns whose."""
     changed = set()
     facts, templates = gather(project, base.folder), card_templates(project)
     for id in ids or project.ladder.variants:
-        if not read_manifest(project, id) or facts.variant(id).error:
+        manifest = read_manifest(project, id)
+        if not manifest or facts.variant(id).error:
             continue
         text = render(facts, id, templates)
         # the picture first: a card never shows one that is not there yet
@@ -444,13 +503,9 @@ def render_cards(project: Project, base: ResolvedBase, ids: Sequence[str] | None
             changed.add(id)
         path = project.store.variant(id) / "README.md"
         discard_leftovers(path)
-        try:
-            same = path.read_text(encoding="utf-8") == text
-        except FileNotFoundError:
-            same = False
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"{id}/README.md: cannot be read ({e}); delete it to render it again") from None
-        if not same:
+        if read_card(path) != text:
             write_text(path, text)
+            changed.add(id)
+        if provenance.write(project.store.variant(id), provenance.expected(project, manifest)):
             changed.add(id)
     return changed

@@ -58,7 +58,7 @@ class Calibrated:
 @exclusive
 def calibrate(project: Project, hub: Callable[[], Hub], report: Report, force: bool = False) -> Calibrated:
     """Collect the statistics that variants.yaml asks for, or find them. Raises InputError for texts that do not serve."""
-    base = _with_weights(project, hub, report)
+    base = resolve_base(project, hub, True, report.nbytes)
     text, chat = sources(project)
     tokenizer = Tokenizer.load(base.folder)
     spec = project.ladder.calibration
@@ -238,13 +238,6 @@ def _own(config: dict[str, Any]) -> str:
 
 def _text(targets: Sequence[Target]) -> list[Target]:
     return [t for t in targets if t.part == "text"]
-
-
-def _with_weights(project: Project, hub: Callable[[], Hub], report: Report) -> ResolvedBase:
-    def tell(what: str, done: int, total: int) -> None:
-        report.line(f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
-
-    return resolve_base(project, hub, True, tell)
 
 
 def _sweep(folder: Path, keep: str) -> None:

@@ -20,32 +20,22 @@ import jinja2
 import yaml
 
 from inference.errors import InputError
+from inference.sandbox import TEMPLATE_ERRORS
+from inference.strict import read_file
 
-from .card_facts import HEADER, Facts, gather
+from .card_facts import Facts, gather
 from .card_figure import Figure
 from .card_format import FILTERS
+from .card_metadata import metadata_faults
+from .card_notes import with_notes
 from .card_quality_view import quality_name, quality_view
-from .card_sandbox import Sandbox
+from .card_sandbox import TEMPLATE_BYTES, Sandbox
 from .card_view import row_label, view
 
 __all__ = ["Facts", "Figure", "check_card", "figure", "gather", "machine_paths", "render", "snippets"]
 
 ENTRY = "card.md.j2"
 BUILTIN = "builtin/"
-# what an expression of a template can raise; anything else is a bug of ours
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    yaml.YAMLError,
-    ArithmeticError,
-    AssertionError,  # Jinja's compiler, on names that it did not expect
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    SyntaxError,  # blocks nested deeper than Python can
-    TypeError,
-    ValueError,
-)
 SNIPPET = re.compile(r"^<!-- snippet: ([\w-]+) -->\n(`{3,})(\w+)\n(.*?)^\2$", re.M | re.S)
 
 
@@ -58,9 +48,12 @@ def render(facts: Facts, id: str, templates: Path | None = None) -> str:
     )
     try:
         text = env.text(ENTRY, card=card, facts=facts)
-    except TEMPLATE_ERRORS as e:
+    except (*TEMPLATE_ERRORS, yaml.YAMLError) as e:
         raise InputError(_explain(e)) from None
-    return _tidy(text)
+    try:
+        return with_notes(_tidy(text), facts.variant(id).notes)
+    except InputError as e:
+        raise InputError(f"{id}: {e}") from None
 
 
 def figure(facts: Facts, id: str) -> Figure | None:
@@ -76,9 +69,12 @@ def _load(name: str, templates: Path | None) -> tuple[str, str, None] | None:
         return None
     if templates is not None and not name.startswith(BUILTIN):
         path = templates / own
-        if path.is_file():
+        if path.exists():
+            if not path.resolve().is_relative_to(templates.resolve()):
+                raise InputError(f"{templates.name}/{own}: links out of the folder; copy the file itself")
+            data = read_file(path, TEMPLATE_BYTES)
             try:
-                return path.read_text(encoding="utf-8"), own, None
+                return data.decode(), own, None
             except UnicodeDecodeError as e:
                 raise InputError(f"{templates.name}/{own}: not UTF-8 at byte {e.start}") from None
         if name == ENTRY:
@@ -138,6 +134,7 @@ def snippets(card: str) -> dict[str, str]:
 
 FORBIDDEN: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("placeholder", re.compile(r"\b(?:TBD|TODO|FIXME)\b|(?<![\w/])N/A(?![\w/])|\bundefined\b|\{\{|\{%")),
+    ("placeholder", re.compile(r"\[More Information Needed\]|\blorem ipsum\b|(?<![\w?])\?{3,}", re.I)),
     # where a figure would stand; "None of these" and "holds a NaN" are English
     ("placeholder", re.compile(r"(?<![\w.\-])(?:None(?! of\b)|(?<!\ba )(?:NaN|nan|NAN))(?![\w\-])")),
     ("access token", re.compile(r"\bhf_[A-Za-z0-9]{16,}")),
@@ -160,22 +157,7 @@ def machine_paths(text: str) -> list[str]:
 
 def check_card(text: str) -> list[str]:
     """What a card must not hold, as `line N: …`: placeholders, paths, tokens, a header that does not parse."""
-    return [*_check_header(text), *_check_lines(text)]
-
-
-def _check_header(text: str) -> Iterable[str]:
-    found = HEADER.match(text)
-    if not found:
-        yield "line 1: no front matter between --- lines"
-        return
-    try:
-        value = yaml.safe_load(found[2])
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        yield f"line {mark.line + 2 if mark else 1}: front matter is not YAML"
-        return
-    if not isinstance(value, dict) or not value.get("license"):
-        yield "line 1: front matter names no license; the base's card has none, so set card.license in variants.yaml"
+    return [*metadata_faults(text), *_check_lines(text)]
 
 
 def _check_lines(text: str) -> Iterable[str]:

@@ -6,12 +6,13 @@ rules in manifest.json, the reasons from the recipe in variants.yaml, as far as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from inference.checkpoint import (
+    Checkpoint,
     QuantSpec,
     TensorInfo,
     count,
@@ -72,9 +73,12 @@ class BitRow:
         return 8 * self.nbytes / self.params
 
 
-def read_packed(folder: Path) -> tuple[dict[str, Any], list[Packed]]:
-    """config.json and every tensor of a variant's folder. Raises CheckpointError where headers and config disagree."""
-    checkpoint = read_checkpoint(folder)
+def read_packed(folder: Path, pruned: Checkpoint | None = None) -> tuple[dict[str, Any], list[Packed]]:
+    """config.json and every tensor of a variant's folder. Raises CheckpointError where headers and config disagree.
+
+    pruned: what stands for the headers where the weights are not here any more.
+    """
+    checkpoint = pruned or read_checkpoint(folder)
     tensors = dict(checkpoint.tensors)
     side = folder / MTP_FILE
     if side.is_file() and all(t.file != side for t in tensors.values()):
@@ -225,10 +229,12 @@ def layer_text(layers: Iterable[int]) -> str:
     return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"
 
 
-def check_manifest(folder: Path, manifest: Manifest, packed: Sequence[Packed]) -> None:
+def check_manifest(folder: Path, manifest: Manifest, packed: Sequence[Packed], gone: Container[str] = ()) -> None:
     """The folder holds the tensors that its manifest lists (names, types, shapes and sizes; hashing is `verify`'s)."""
     for entry in manifest.files:
         path = folder / entry.path
+        if entry.path in gone:
+            continue
         if entry.path.endswith(".safetensors") and (not path.is_file() or path.stat().st_size != entry.size):
             raise InputError(f"{folder.name}/{entry.path}: is missing or not as long as manifest.json says")
     stored = sum(p.nbytes for p in packed)

@@ -6,7 +6,6 @@ variant's folder now. What is missing is kept as the reason why, so that a card 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -18,23 +17,27 @@ import yaml
 from inference.checkpoint import read_checkpoint
 from inference.errors import CheckpointError, InputError
 from inference.families import names_of
+from inference.strict import parse_json, read_file
 from quant.builtin import BUILTIN
 from quant.recipe import Recipe, matches
 
 from .allocation import allocation_recipe
 from .card_bits import BitRow, Packed, bit_rows, check_manifest, read_packed
+from .card_history import releases
+from .card_metadata import FRONT_BYTES, HEADER, LICENSE_ID
+from .card_notes import Notes, read_notes
 from .card_quality import Entry, Standings, measured_entries, standings
 from .plan import quant_table, rule_inputs
-from .schema import Bench, BuildInputs, BuildRecord, CardSpec, FileEntry, Manifest, Smoke
+from .prune import described, pruned
+from .schema import Bench, BuildInputs, BuildRecord, CardSpec, FileEntry, Manifest, Release, Smoke
 from .sizes import CONTEXT, workspace_bound
 from .store import read_model, read_result
 from .survey import quality_state, read_quality
 from .variants import Project
 
-HEADER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$))")  # the Hub's own pattern
-LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+\-]{0,63}")
 LANGUAGE = re.compile(r"[A-Za-z][A-Za-z\-]{1,19}")
 GGUF_LABEL = re.compile(r"I?Q[1-8]_(K(_(S|M|L|XL))?|[01]|XXS|XS|NL|S|M)|MXFP4(_MOE)?")
+MAX_SIDE_BYTES = 50 << 20  # of a README, a tokenizer_config.json; the largest published have about 1 MB
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of generation_config.json
 DAMAGED = "this variant's folder is damaged"
 NO_EVAL = "eval was not run"
@@ -140,6 +143,8 @@ class Variant:
     origin: str
     origin_known: bool  # the recipe in variants.yaml is still the one that was built
     fragment: str  # variants.yaml that gives these weights again
+    notes: Notes | None  # of the README.md that is there
+    releases: tuple[Release, ...]  # oldest first, these weights last; empty where there are none
 
     @property
     def owned(self) -> bool:
@@ -212,9 +217,10 @@ def _base(project: Project, folder: Path | None) -> Base:
 def front_matter(path: Path) -> dict[str, Any]:
     """The YAML header of a card, every scalar as text (`language: no` is Norwegian); empty if there is none."""
     try:
-        found = HEADER.match(path.read_text(encoding="utf-8-sig"))
-        value = yaml.load(found[2], Loader=yaml.BaseLoader) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        found = HEADER.match(read_file(path, MAX_SIDE_BYTES).decode("utf-8-sig"))
+        small = found is not None and len(found[2]) <= FRONT_BYTES
+        value = yaml.load(found[2], Loader=yaml.BaseLoader) if found and small else None
+    except (CheckpointError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -311,6 +317,8 @@ def _variant(project: Project, id: str) -> tuple[Variant, Entry]:
         origin_known=known,
         no_quality=entry.why,
         fragment=_fragment(project, id, inputs, contents) if inputs and contents else "",
+        notes=read_notes(store.variant(id) / "README.md"),
+        releases=releases(project, id, contents.manifest) if contents else (),
     )
     return variant, entry
 
@@ -322,8 +330,9 @@ def _contents(project: Project, id: str) -> Contents | None:
         return None
     if manifest.id != id:
         raise InputError(f"{id}/manifest.json: is of variant {manifest.id}; delete the folder to build it again")
-    config, packed = read_packed(folder)
-    check_manifest(folder, manifest, packed)
+    gone = pruned(project, manifest)
+    config, packed = read_packed(folder, described(folder, manifest) if gone else None)
+    check_manifest(folder, manifest, packed, gone.files if gone else ())
     bits = project.variant(id).bits or manifest.inputs.bits
     rows = bit_rows(config, packed, manifest, _applied(project, id, manifest), bits, project.group_size(id))
     text = [p for p in packed if p.target.part == "text"]
@@ -379,16 +388,16 @@ def _total(packed: list[Packed]) -> int:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return read_file(path, MAX_SIDE_BYTES).decode()
+    except (CheckpointError, UnicodeDecodeError):
         return ""
 
 
 def _sampling(path: Path) -> dict[str, float]:
     """Sampling parameters that the base recommends; empty where it names none or decodes greedily."""
     try:
-        value = json.loads(_text(path))
-    except (ValueError, RecursionError):
+        value = parse_json(_text(path))
+    except ValueError:
         return {}
     if not isinstance(value, dict) or not value.get("do_sample"):
         return {}

@@ -16,6 +16,7 @@ from inference.errors import InputError
 from . import card_format as fmt
 from .card_bits import BitRow
 from .card_facts import SAMPLING, Base, Contents, Facts, License, Variant
+from .card_history import Change, changelog
 from .card_quality_view import QualityView, quality_view
 from .protocol import protocol_line
 from .schema import Bench, Check, Device, Speed
@@ -126,6 +127,9 @@ class View:
     smoke_device: str
     built_at: str
     mlx: str
+    replaces: Change | None  # the release before these weights; None: they are the first
+    changelog: tuple[Change, ...]  # newest first; empty where they are the first
+    older: int  # releases that it leaves out
 
 
 def view(facts: Facts, id: str) -> View:
@@ -142,6 +146,7 @@ def view(facts: Facts, id: str) -> View:
     rows = _with_probes(v, c)
     notes, reasons = shared_notes(r.why for r in c.rows)
     quality = quality_view(facts, id)
+    history = changelog(v.releases)
     title, url = "", None
     if base.license:
         title, url = LICENSES.get(base.license.id, (base.license.name or base.license.id, None))
@@ -191,6 +196,9 @@ def view(facts: Facts, id: str) -> View:
         smoke_device=_smoke_device(v),
         built_at=fmt.pretty_date(v.build.built_at) if v.build else "not recorded: build.json is missing",
         mlx=v.build.device.mlx if v.build else "not recorded: build.json is missing",
+        replaces=history.replaces,
+        changelog=history.changes,
+        older=history.older,
     )
 
 

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,10 @@ class Commands(click.Group):
             # the reader of our output is gone (`publish plan | head`): no traceback, and none at interpreter exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
+        except MemoryError as e:
+            raise Failure(
+                "out of memory: what was asked does not fit into this machine's", EXIT_CODES[ResourceError]
+            ) from e
         except OSError as e:  # the machine's: a full disk, a folder without permission
             raise Failure(f"{e.filename or 'output'}: {e.strerror or e}", EXIT_CODES[InputError]) from e
 
@@ -91,7 +95,7 @@ class Options:
     def hub(self) -> Hub:
         from .hub import Hub
 
-        return Hub()
+        return Hub(tell=self.report.line)
 
     def show(self, value: Any, text: Callable[[], str]) -> None:
         """The result: JSON on stdout with --json, else text on stdout."""
@@ -136,6 +140,13 @@ def _complete_ids(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 some_ids = click.argument("ids", nargs=-1, metavar="[IDS]...", shell_complete=_complete_ids)
 must_ids = click.argument("ids", nargs=-1, required=True, metavar="IDS...", shell_complete=_complete_ids)
+sign_option = click.option(
+    "--sign-key",
+    type=click.Path(path_type=Path),
+    help="Sign with this private EC key; its password: PUBLISH_SIGN_PASSWORD.",
+)
+_file = click.Path(path_type=Path, dir_okay=False, exists=True)
+_folder = click.Path(path_type=Path, file_okay=False, exists=True)
 all_flag = click.option("--all", "all_variants", is_flag=True, help="Every variant of the ladder.")
 
 
@@ -198,9 +209,24 @@ def calibrate(options: Options, force: bool) -> None:
 @click.option("--force", is_flag=True, help="Do every step again, current or not.")
 @click.option("--skip", multiple=True, type=click.Choice(["smoke", "bench", "card"]), help="Leave a step out.")
 @click.option("--eval", "evaluate", is_flag=True, help="Measure the quality too, as publish eval does.")
+@click.option("--push", "pushing", is_flag=True, help="Push what passes, without asking; upload while others are made.")
+@click.option("--private", is_flag=True, help="With --push: new repos stay private.")
+@click.option("--public", is_flag=True, help="With --push: new repos are public from the start.")
+@click.option("--prune", is_flag=True, help="With --push: delete weights here once the hub is proven to hold them.")
+@sign_option
 @common
 def build(
-    options: Options, ids: tuple[str, ...], all_variants: bool, force: bool, skip: tuple[str, ...], evaluate: bool
+    options: Options,
+    ids: tuple[str, ...],
+    all_variants: bool,
+    force: bool,
+    skip: tuple[str, ...],
+    evaluate: bool,
+    pushing: bool,
+    private: bool,
+    public: bool,
+    prune: bool,
+    sign_key: Path | None,
 ) -> None:
     """Quantize, smoke-test, benchmark and document what is not current. A killed build resumes."""
     from . import show
@@ -208,6 +234,21 @@ def build(
 
     project = options.project
     chosen = project.select(ids, all_variants)
+    if pushing:
+        from .release import Choices, build_and_push
+        from .signing import with_key
+
+        project = with_key(project, sign_key)
+        choices = Choices(private=private, at_once=public, prune=prune)
+        outcomes, done = build_and_push(project, chosen, options.hub, options.report, choices, force, skip, evaluate)
+        options.show(
+            {**show.outcomes_json(outcomes), **show.released_json(done)},
+            lambda: f"{show.outcomes_text(project, outcomes)}\n{show.released_text(done, options.hub().endpoint)}",
+        )
+        _raise_failed(done.failed, options.as_json)
+        return
+    if private or public or prune or sign_key:
+        raise InputError("--private, --public, --prune and --sign-key: only with --push")
     outcomes = run(project, chosen, options.hub, options.report, force, skip, evaluate)
     options.show(show.outcomes_json(outcomes), lambda: show.outcomes_text(project, outcomes))
     failed = [o for o in outcomes if o.failed]
@@ -317,39 +358,37 @@ def status(options: Options, ids: tuple[str, ...], remote: bool) -> None:
 
     project = options.project
     seen = survey(project, options.hub, ids=project.select(ids))
-    remotes = {}
+    remotes, base = {}, None
     if remote:
+        from .drift import base_drift
         from .push import remote_state
 
         hub = options.hub()
         remotes = {id: remote_state(hub, project, id) for id in seen.rungs}
-    options.show(show.status_json(seen, remotes), lambda: show.status_text(seen, remotes))
+        base = base_drift(hub, project)
+    options.show(show.status_json(seen, remotes, base), lambda: show.status_text(seen, remotes, base))
 
 
 @main.command()
 @some_ids
 @click.option("--remote", is_flag=True, help="Prove by hash that the hub holds exactly the manifest.")
+@click.option("--download", is_flag=True, help="Fetch the repo into a clean folder, hash every file, load the model.")
+@click.option("--rebuild", is_flag=True, help="Build the weights again from the provenance, and compare every byte.")
+@click.option("--inputs", type=_folder, help="With --rebuild: folder of the local base, imatrix and texts.")
+@click.option("--public-key", type=_file, help="Public EC key of who must have signed.")
+@click.option("--certificate", "certificates", type=_file, multiple=True, help="Trusted certificate of who signed.")
 @common
-def verify(options: Options, ids: tuple[str, ...], remote: bool) -> None:
-    """Files against the manifest; packed weights against config and index."""
+def verify(options: Options, ids: tuple[str, ...], certificates: tuple[Path, ...], **asked: Any) -> None:
+    """Files against the manifest; packed weights against config and index; the signature, where there is one.
+
+    Besides variants, folders are taken that hold one, such as a repo that was downloaded.
+    """
     from . import show
-    from .build import require_built
-    from .survey import read_manifest
-    from .verify import verify_folder
+    from .verification import Asked
+    from .verification import verify as run
 
-    project = options.project
-    chosen = project.select(ids)
-    if not ids:
-        chosen = [i for i in chosen if read_manifest(project, i)]
-    if not chosen:
-        raise GateRefused("nothing is built; run: publish build --all")
-    if remote:
-        from .push import verify_remote
-
-        hub = options.hub()
-        checks = {id: verify_remote(hub, project, id) for id in chosen}
-    else:
-        checks = {id: verify_folder(project.store.variant(id), require_built(project, id)) for id in chosen}
+    wanted = Asked(certificates=certificates, **asked)
+    checks = run(lambda: options.project, ids, wanted, options.hub, options.report)
     options.show(show.checks_json(checks), lambda: show.checks_text(checks, brief=True))
     failed = [f"{id}: {c.name}: {c.detail}" for id, found in checks.items() for c in found if c.passed is False]
     if failed:
@@ -362,7 +401,10 @@ def verify(options: Options, ids: tuple[str, ...], remote: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to main.")
 @click.option("--private", is_flag=True, help="Create new repos as private.")
+@click.option("--public", is_flag=True, help="Create new repos as public; else they become so once all are good.")
 @click.option("--overwrite", is_flag=True, help="Replace files that people changed on the hub.")
+@click.option("--prune", is_flag=True, help="Delete weights here once the hub is proven to hold them.")
+@sign_option
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @common
 def push(
@@ -372,17 +414,22 @@ def push(
     dry_run: bool,
     create_pr: bool,
     private: bool,
+    public: bool,
     overwrite: bool,
+    prune: bool,
+    sign_key: Path | None,
     yes: bool,
 ) -> None:
     """Show what would change on the hub, ask, then make one atomic commit a repo."""
     from . import show
-    from .release import prepare, release
+    from .release import Choices, prepare, release
+    from .signing import with_key
 
-    project = options.project
+    project = with_key(options.project, sign_key)
     chosen = project.select(ids, all_variants)
     hub = options.hub()
-    plans = prepare(project, chosen, hub, create_pr=create_pr, private=private, overwrite=overwrite)
+    choices = Choices(create_pr, private, public, overwrite, prune)
+    plans = prepare(project, chosen, hub, choices)
     text = show.push_text(plans, hub.endpoint)
     if dry_run:
         options.show(show.push_json(plans), lambda: text)
@@ -393,15 +440,21 @@ def push(
         click.echo(text)
     if not yes and any(not p.up_to_date and not p.refusal for p in plans):
         _ask(text if options.as_json else "")
-    receipts, failed = release(project, hub, plans, options.report)
-    options.show(show.receipts_json(receipts), lambda: show.receipts_text(receipts, hub.endpoint))
-    if failed:
-        # what follows the first line is a difference, which the text of the plan has shown
-        told = {id: str(e) if options.as_json else str(e).splitlines()[0] for id, e in failed.items()}
-        for id in list(failed)[:-1]:
-            click.echo(f"Error: {id}: {told[id]}", err=True)
-        id, error = list(failed.items())[-1]
-        raise type(error)(f"{id}: {told[id]}") from error
+    done = release(project, hub, plans, options.report, choices)
+    options.show(show.released_json(done), lambda: show.released_text(done, hub.endpoint))
+    _raise_failed(done.failed, options.as_json)
+
+
+def _raise_failed(failed: Mapping[str, PublishError], as_json: bool) -> None:
+    """A line for each variant that was not pushed; the last one gives the exit code."""
+    if not failed:
+        return
+    # what follows the first line is a difference, which was shown with the plan or when it was met
+    told = {id: str(e) if as_json else str(e).splitlines()[0] for id, e in failed.items()}
+    for id in list(failed)[:-1]:
+        click.echo(f"Error: {id}: {told[id].removeprefix(f'{id}: ')}", err=True)
+    id, error = list(failed.items())[-1]
+    raise type(error)(f"{id}: {told[id].removeprefix(f'{id}: ')}") from error
 
 
 def _ask(plan: str) -> None:
@@ -480,11 +533,15 @@ def schema() -> None:
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
 @click.option("--user", default="demo", show_default=True, help="Name that may write, and owns its namespace.")
-def hub(folder: Path, port: int, user: str) -> None:
+@click.option(
+    "--fault", "faults", multiple=True, metavar="ROUTE:KIND[:KEY=VALUE]...", help="Misbehave, see docs/reliability.md."
+)
+@click.option("--xet/--no-xet", default=True, show_default=True, help="Offer Xet to clients that have it.")
+def hub(folder: Path, port: int, user: str, faults: tuple[str, ...], xet: bool) -> None:
     """Run the built-in hub on loopback, to rehearse a release. It is not the Hugging Face Hub.
 
     Writing takes the token of the environment variable PUBLISH_HUB_TOKEN, `rehearsal` if it is not set.
     """
     from .rehearsal import serve
 
-    serve(folder, port, user)
+    serve(folder, port, user, faults, xet)

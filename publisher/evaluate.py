@@ -30,6 +30,7 @@ from .evaluate_corpora import NGRAM, Corpus, chat_corpus, check_overlap, content
 from .evaluate_figures import Paired, paired
 from .evaluate_teacher import COMPUTE, Reference, agreement, final_states, out_of_memory
 from .protocol import QUALITY_VERSION, calibration_hash, calibration_sources, evaluation_sources, quality_settings
+from .prune import require_weights
 from .report import Report
 from .schema import Continuations, Divergence, Greedy, Manifest, Overlap, Quality
 from .source import Source, read_source
@@ -124,6 +125,7 @@ def evaluate_held(
         subject = _variant(project, manifest)
         reasons = quality_state(project, read_quality(project, manifest.weights_hash), subject.base_hash)
         if reasons or force:
+            require_weights(project, manifest)
             session.measure(subject)
             measured.append(id)
     if baselines:

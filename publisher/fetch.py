@@ -18,7 +18,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inference.checkpoint import INDEX, MAX_HEADER_BYTES
 from inference.errors import CheckFailed, InputError, ResourceError
+from inference.strict import parse_json
 
 from .store import write_bytes
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 # What a build reads or copies; never Python, nor the weights in other formats that many repos also hold.
 BASE_FILES = [
-    "config.json", "model*.safetensors", "model.safetensors.index.json", "generation_config.json", "tokenizer*",
+    "config.json", "model*.safetensors", INDEX, "generation_config.json", "tokenizer*",
     "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*processor*.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md",
 ]  # fmt: skip
@@ -35,10 +37,8 @@ BASE_FILES = [
 LARGE_BYTES = 32 << 20  # files above come in small groups, so that progress can be told
 AT_ONCE = 4  # of them; the client loads the files of a group side by side
 
-INDEX = "model.safetensors.index.json"
 SMALL_FILES = {"config.json": 10 << 20, INDEX: 50 << 20, "README.md": 2 << 20}  # bytes read at most
 HEADER_GUESS = 256 << 10  # bytes of the first request; holds the header of most shards
-MAX_HEADER_BYTES = 25 << 20  # the Hub's own limit
 MAX_SHARDS = 2000
 MAX_SHARD_BYTES = 500 << 30  # the Hub's limit for one file
 
@@ -190,8 +190,8 @@ def remote_headers(hub: Hub, repo: str, commit: str, dest: Path) -> Path:
 def _shard_names(folder: Path, files: list[str], repo: str) -> list[str]:
     if (folder / INDEX).is_file():
         try:
-            found = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            found = sorted(set(parse_json((folder / INDEX).read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{repo}: {INDEX} holds no weight_map") from None
     else:
         found = sorted(f for f in files if f.startswith("model") and f.endswith(".safetensors"))
@@ -203,6 +203,7 @@ def _shard_names(folder: Path, files: list[str], repo: str) -> list[str]:
             or name != os.path.basename(name)
             or not name.endswith(".safetensors")
             or "\\" in name
+            or not name.isprintable()
         ):
             raise InputError(f"{repo}: {name!r} is no name of a safetensors file beside the index")
     return found

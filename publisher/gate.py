@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from inference.errors import InputError
 
 from .card import check_card, machine_paths
+from .card_figure import NAMES as PICTURES
+from .card_history import card_command
+from .card_links import link_faults
+from .card_metadata import LICENSE_FILE, metadata_faults, read_metadata
+from .card_notes import CARD_BYTES, split
 from .protocol import kld_ceiling
+from .provenance import FOLDER, LADDER, LOCK
+from .prune import pruned
 from .schema import Manifest, Quality, Smoke
 from .store import read_model
 from .variants import Project
 from .verify import verify_folder
 
 MAX_REPO_ID = 96  # the Hub's limit
-CARD_BYTES = 2 << 20
+# what of the provenance says no more than this tool put there; what a model said in a smoke test is its own
+OURS = (LADDER, LOCK, f"{FOLDER}/results/build.json", f"{FOLDER}/results/bench.json", f"{FOLDER}/results/quality.json")
+NAME = re.compile(r"\w(?:[\w.\-]*\w)?", re.ASCII)
 
 
 def gate(project: Project, id: str, *, expected_card: str | None = None, stale: Sequence[str] = ()) -> list[str]:
@@ -37,8 +46,8 @@ def gate(project: Project, id: str, *, expected_card: str | None = None, stale: 
         return [*refusals, f"{id}: manifest.json is missing; run `publish build {id}`"]
     if manifest.id != id:
         refusals.append(f"{id}: manifest.json is of {manifest.id}; run `publish build {id}`")
-    for check in verify_folder(folder, manifest):
-        if not check.passed:
+    for check in verify_folder(folder, manifest, pruned(project, manifest)):
+        if check.passed is False:
             step = (
                 f"remove it, or run `publish build {id}`"
                 if check.name == "no other files"
@@ -48,8 +57,11 @@ def gate(project: Project, id: str, *, expected_card: str | None = None, stale: 
     refusals += [f"{id}: {reason}" for reason in stale]
     refusals += _smoke(project, id, manifest)
     refusals += _quality(project, id, manifest)
-    refusals += [r for name in ("config.json", "manifest.json") for r in _paths(folder / name, id)]
-    refusals += _card(folder, id, expected_card)
+    refusals += [r for name in ("config.json", "manifest.json", *OURS) for r in _paths(folder / name, id)]
+    files = {f.path for f in manifest.files} | {
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
+    }
+    refusals += _card(folder, id, expected_card, project.repo(id), files, card_command(project, id, manifest))
     return refusals
 
 
@@ -57,10 +69,13 @@ def _names(project: Project, id: str) -> list[str]:
     repo = project.repo(id)
     if "/" not in repo:
         return [f"{id}: owner is not set in {project.path.name}; set it to the Hub user or organization"]
-    name = repo.split("/")[1]
+    owner, name = repo.split("/", 1)
+    if repo == project.ladder.base.repo:
+        return [f"{id}: {repo} is the original's own repo; change `repo:` or `owner:`"]
     if len(repo) > MAX_REPO_ID:
         return [f"{id}: repo id {repo} has {len(repo)} characters, the Hub takes {MAX_REPO_ID}; shorten `repo:`"]
-    if not re.fullmatch(r"\w(?:[\w.\-]*\w)?", name, re.ASCII) or ".." in name or "--" in name or name.endswith(".git"):
+    bad = not NAME.fullmatch(owner) or not NAME.fullmatch(name) or ".." in repo or "--" in repo
+    if bad or name.endswith((".git", ".ipynb")):
         return [f"{id}: {repo} is no name the Hub takes; change `repo:`"]
     return []
 
@@ -114,10 +129,17 @@ def _paths(path: Path, id: str) -> list[str]:
     if not found:
         return []
     what = f"path of a machine {found[0]!r}{more}"
-    return [f"{id}: {path.name}: {what}; take it out of the base and run `publish build {id}`"]
+    source = "variants.yaml" if path.suffix == ".yaml" else "the base"
+    return [f"{id}: {path.name}: {what}; take it out of {source} and run `publish build {id}`"]
 
 
-def _card(folder: Path, id: str, expected: str | None) -> list[str]:
+def card_faults(text: str, repo: str, files: Set[str]) -> list[str]:
+    """What of a card must not leave, as `line N: …`. repo: where it goes; files: all that go with it."""
+    found = [*check_card(text), *metadata_faults(text, repo, files), *link_faults(text, files)]
+    return list(dict.fromkeys(found))
+
+
+def _card(folder: Path, id: str, expected: str | None, repo: str, files: Set[str], command: str) -> list[str]:
     path = folder / "README.md"
     try:
         if path.stat().st_size > CARD_BYTES:
@@ -129,14 +151,18 @@ def _card(folder: Path, id: str, expected: str | None) -> list[str]:
         return [f"{id}: README.md is not UTF-8; run `publish card {id}`"]
     refusals = []
     if expected is not None and text != expected:
-        refusals.append(f"{id}: README.md is not what it would be now; run `publish card {id}`")
-    refusals += [
-        f"{id}: README.md: {fault}; correct the template and run `publish card {id}`" for fault in check_card(text)
-    ]
-    for name in dict.fromkeys(re.findall(r"\]\((images/[^\s)#]+)", text)):
-        if not (folder / name).is_file():
-            refusals.append(f"{id}: README.md shows {name}, which is not there; run `publish card {id}`")
-    named = re.search(r"\A---\n(?:(?!---\n).*\n)*?license: *\S", text)
-    if not named and not any(p.name.upper().startswith("LICENSE") for p in folder.iterdir()):
+        refusals.append(f"{id}: README.md is not what it would be now; run `{command}`")
+    try:
+        block = split(text)
+    except InputError as e:
+        return [*refusals, f"{id}: README.md: {e}"]
+    for fault in card_faults(text, repo, files):
+        line = re.match(r"line (\d+)", fault)
+        theirs = block is not None and line is not None and int(line[1]) in block.lines
+        drawn = any(f"images/{name}" in fault for name in PICTURES)
+        step = f"{'' if drawn else 'correct the template and '}run `publish card {id}`"
+        step = "correct the notes in README.md" if theirs else step
+        refusals.append(f"{id}: README.md: {fault}; {step}")
+    if not read_metadata(text).values.get("license") and not any(map(LICENSE_FILE.fullmatch, files)):
         refusals.append(f"{id}: no licence in the folder or the card; set `card.license` and run `publish card {id}`")
     return refusals

@@ -13,12 +13,13 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
+    CommitOperationCopy,
     CommitOperationDelete,
     HfApi,
     constants,
@@ -27,7 +28,6 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -42,18 +42,26 @@ from huggingface_hub.utils import (
 from inference.checkpoint import shard_files
 from inference.errors import AuthError, CheckFailed, CheckpointError, HubUnavailable, InputError, RemoteChanged
 
+from . import hub_pulls
+from .account import Account, account_of
+from .card_metadata import HEADER
 from .fetch import BASE_FILES, check_disk, check_snapshot, download_base, download_file, download_size, remote_headers
+from .hub_bounds import COMMIT_ID, is_file_of_a_repo
 from .hub_client import checked_endpoint, checked_token, configure, no_bars
-from .hub_errors import Calls
+from .hub_collections import Item, arrange
+from .hub_errors import Calls, Patience
+from .hub_types import Copy, Head, RemoteFile, Upload
+from .hub_watch import Limits
+from .repo_lock import repo_lock
 
 __all__ = [
-    "Account", "Head", "Hub", "Progress", "RemoteFile", "Upload",
+    "Account", "Copy", "Head", "Hub", "Progress", "RemoteFile", "Upload",
     "cached_snapshot", "check_disk", "download_base", "download_file", "download_size", "remote_headers",
 ]  # fmt: skip
 
-ANSWER_S = 120  # of silence while reading or writing; the Hub's gateway gives up on a commit after about 60
 PATIENCE_S = 60  # for all tries of one call, waits included
 PAUSE_S = 1.0  # before the second try, doubled for each further one
+WAIT_S = 330  # that a hub may ask to wait; its rate limits count over 5 minutes
 DOWNLOAD_TRIES = 3  # what has arrived is kept from one to the next
 UPLOAD_TRIES = 3  # of one group of files; the client itself repeats a PUT up to five times within each
 ALONE_BYTES = 32 << 20  # larger files are uploaded one by one, so that progress can be told and done ones are kept
@@ -61,53 +69,19 @@ ALONE_BYTES = 32 << 20  # larger files are uploaded one by one, so that progress
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repo. sha256: of an LFS file's bytes, else None; blob: git's sha1, of the pointer for LFS."""
+class _Api(HfApi):
+    """The client, sparing with bytes: before a commit it asks about the metadata of a card with all of the card."""
 
-    path: str
-    size: int
-    sha256: str | None
-    blob: str
-
-    @property
-    def identity(self) -> str:
-        """What changes exactly when the bytes do."""
-        return self.sha256 or self.blob
-
-
-@dataclass(frozen=True)
-class Head:
-    """What a revision holds."""
-
-    commit: str
-    private: bool
-    files: dict[str, RemoteFile]
-
-
-@dataclass(frozen=True)
-class Account:
-    """Whose token this is. role: read, write, fineGrained, or "" if the hub does not say."""
-
-    name: str
-    role: str
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file to commit. source: bytes for small files, so that what was hashed is what is sent."""
-
-    path: str
-    source: Path | bytes
-    size: int
-    sha256: str
+    def _validate_yaml(self, content: str, **kwargs: Any) -> None:
+        super()._validate_yaml(_front_matter(content), **kwargs)
 
 
 class Hub:
     """A connection to one endpoint with one token.
 
     endpoint None: HF_ENDPOINT or huggingface.co. token None: HF_TOKEN or the file that `hf auth login` writes.
-    patience_s: for all tries of one call. Raises AuthError for a token that cannot be one, InputError for an endpoint.
+    patience_s, pause_s, wait_s: see `hub_errors.Patience`; tell: shows a person that the hub asked to wait.
+    Raises AuthError for a token that cannot be one, InputError for an endpoint.
     The client is one for the process: the last Hub made sets its timeouts.
     """
 
@@ -118,14 +92,18 @@ class Hub:
         *,
         patience_s: float = PATIENCE_S,
         pause_s: float = PAUSE_S,
-        answer_s: float = ANSWER_S,
+        wait_s: float = WAIT_S,
+        limits: Limits = Limits(),  # noqa: B008
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.endpoint = checked_endpoint(endpoint or constants.ENDPOINT)
         self.pause_s = pause_s
         self._token = checked_token(token)
-        self._call = Calls(self.endpoint, self._token, patience_s, pause_s)
-        configure(self.endpoint, answer_s, self._call.watch)
-        self._api = HfApi(endpoint=self.endpoint, token=self._token or False)
+        patience = Patience(patience_s, pause_s, wait_s, patience_s + limits.answer_s)
+        self._call = Calls(self.endpoint, self._token, patience, tell)
+        configure(self.endpoint, limits, self._call.watch)
+        self._api = _Api(endpoint=self.endpoint, token=self._token or False)
+        self._ahead: dict[tuple[str, str, str], Any] = {}  # what was uploaded ahead, by repo, path and sha256
 
     def __repr__(self) -> str:
         return f"Hub({self.endpoint!r})"
@@ -144,11 +122,10 @@ class Hub:
 
     def account(self) -> Account:
         def ask() -> Account:
-            who = self._api.whoami()
-            token = (who.get("auth") or {}).get("accessToken") or {}
-            if not isinstance(who.get("name"), str):
+            found = account_of(self._api.whoami())
+            if found is None:
                 raise self._call.none_of_a_hub("asking whose token this is")
-            return Account(who["name"], str(token.get("role") or ""))
+            return found
 
         return self._call("asking whose token this is", ask)
 
@@ -159,6 +136,16 @@ class Hub:
     def create_repo(self, repo: str, private: bool) -> None:
         self._call.forget_conflicts()
         self._call(f"creating {repo}", self._api.create_repo, repo, private=private, exist_ok=True)
+
+    def make_public(self, repo: str) -> None:
+        """Raises AuthError where the token may not; HubUnavailable if the repo is private all the same."""
+        self._call(f"making {repo} public", self._api.update_repo_settings, repo, private=False)
+        if self._call(f"reading {repo}", self._api.model_info, repo).private:
+            raise HubUnavailable(f"{repo}: the hub took the change to public, and still says private; run push again")
+
+    def lock(self, repo: str) -> AbstractContextManager[None]:
+        """One publisher on this machine at a time for a repo. Raises InputError, on entering, if another is at work."""
+        return repo_lock(self.cache, self.endpoint, repo)
 
     # ------------------------------------------------------------------------------------------ what a repo holds
 
@@ -178,8 +165,9 @@ class Hub:
             return None
         if info.id != repo:
             raise InputError(f"{repo}: the hub calls it {info.id} now; set `repo: {info.id}` for the variant")
-        files = self.tree(repo, str(info.sha))
-        return Head(str(info.sha), bool(info.private), files or {})
+        commit = self._commit_id(info.sha, f"reading {repo}")
+        files = self.tree(repo, commit)
+        return Head(commit, bool(info.private), files or {})
 
     def tree(self, repo: str, commit: str) -> dict[str, RemoteFile] | None:
         """The files of a commit by path; None if the repo no longer has that commit."""
@@ -193,7 +181,11 @@ class Hub:
             for entry in entries:
                 if hasattr(entry, "blob_id"):
                     lfs: Any = getattr(entry, "lfs", None)
-                    files[entry.path] = RemoteFile(entry.path, entry.size, lfs.sha256 if lfs else None, entry.blob_id)  # type: ignore[union-attr]
+                    sha256, xet = lfs.sha256 if lfs else None, bool(getattr(entry, "xet_hash", None))
+                    file = RemoteFile(entry.path, entry.size, sha256, entry.blob_id, xet)  # type: ignore[union-attr]
+                    if not is_file_of_a_repo(file.path, file.size, file.sha256, file.blob):
+                        raise self._call.none_of_a_hub(f"listing the files of {repo}: {str(file.path)[:60]!r}")
+                    files[file.path] = file
             return files
 
         return self._call(f"listing the files of {repo}", ask)
@@ -205,20 +197,21 @@ class Hub:
 
     # ------------------------------------------------------------------------------------------ changing a repo
 
-    def check_card(self, text: str) -> None:
-        """Raises InputError if the hub would refuse the card's metadata: better before the weights than after."""
+    def check_card(self, text: str) -> list[str]:
+        """The hub's warnings. Raises InputError if it would refuse the card's metadata: better before the weights."""
 
-        def ask() -> str:
-            body = {"content": text, "repoType": "model"}
+        def ask() -> tuple[str, list[str]]:
+            body = {"content": _front_matter(text), "repoType": "model"}
             answer = get_session().post(f"{self.endpoint}/api/validate-yaml", json=body, headers=self._headers())
             if answer.status_code == 400:
-                return _first_message(answer.json())
+                return _first_message(answer.json()), []
             hf_raise_for_status(answer)
-            return ""
+            return "", _messages(answer.json(), "warnings")
 
-        fault = self._call("checking the card's metadata", ask)
+        fault, warnings = self._call("checking the card's metadata", ask)
         if fault:
             raise InputError(f"README.md: the hub refuses its metadata: {self._call.clean(fault)}")
+        return [self._call.clean(w) for w in warnings]
 
     def upload(
         self, repo: str, revision: str, uploads: Sequence[Upload], progress: Progress | None = None
@@ -227,10 +220,7 @@ class Hub:
 
         Raises CheckFailed if what was sent is not what was hashed before.
         """
-        operations = {
-            u.path: CommitOperationAdd(u.path, str(u.source) if isinstance(u.source, Path) else u.source)
-            for u in uploads
-        }
+        operations = {u.path: self._operation(repo, revision, u) for u in uploads}
         total, done = sum(u.size for u in uploads), 0
         small = [u for u in uploads if u.size <= ALONE_BYTES]
         with no_bars():
@@ -243,6 +233,23 @@ class Hub:
             progress("uploaded", total, total)
         return list(operations.values())
 
+    def upload_ahead(self, repo: str, upload: Upload) -> None:
+        """Send a file that a later commit to main will name; that one sends no byte of it. Raises as `upload` does."""
+        (operation,) = self.upload(repo, "main", [upload])
+        # One that the head holds already is not kept: the client would leave it out of a commit, whatever the head is then.
+        if operation._upload_mode == "lfs" and operation._remote_oid != operation._local_oid:
+            self._ahead[repo, upload.path, upload.sha256] = operation
+
+    def forget_ahead(self, repo: str) -> None:
+        """What was sent for a repo was not what it should have been: nothing of it is named by a commit."""
+        self._ahead = {key: operation for key, operation in self._ahead.items() if key[0] != repo}
+
+    def _operation(self, repo: str, revision: str, upload: Upload) -> CommitOperationAdd:
+        ahead = self._ahead.get((repo, upload.path, upload.sha256)) if revision == "main" else None
+        if ahead is not None and not ahead._is_committed:
+            return ahead
+        return CommitOperationAdd(upload.path, str(upload.source) if isinstance(upload.source, Path) else upload.source)
+
     def _upload_group(self, repo: str, revision: str, group: list[Upload], operations: dict[str, Any]) -> None:
         wanted = [operations[u.path] for u in group]
         for attempt in range(1, UPLOAD_TRIES + 1):
@@ -250,7 +257,7 @@ class Hub:
                 # also for refused URLs (400, 403, 413 by the storage): a new call gets new ones
                 self._call(
                     f"uploading to {repo}", self._api.preupload_lfs_files, repo, wanted, revision=revision,
-                    free_memory=False, retry=False,
+                    free_memory=False, retry=False, transfer=True,
                 )  # fmt: skip
                 break
             except (HubUnavailable, InputError):
@@ -263,51 +270,38 @@ class Hub:
                 raise CheckFailed(f"{u.path} changed while it was being pushed; nothing was committed: run push again")
 
     def commit(
-        self, repo: str, revision: str, operations: Iterable[Any], delete: Iterable[str], title: str, parent: str
+        self,
+        repo: str,
+        revision: str,
+        operations: Iterable[Any],
+        delete: Iterable[str],
+        title: str,
+        parent: str,
+        copies: Iterable[Copy] = (),
     ) -> str:
         """One commit on top of `parent`; returns its id. An error does not mean that it did not land."""
-        all_ = [*operations, *(CommitOperationDelete(path, is_folder=False) for path in delete)]
+        copied = [CommitOperationCopy(c.source, c.path, c.commit, c.repo, "model" if c.repo else None) for c in copies]
+        operations = list(operations)
+        all_ = [*operations, *copied, *(CommitOperationDelete(path, is_folder=False) for path in delete)]
         with no_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # hints about the card's metadata; its faults are told by check_card
             info = self._call(
                 f"committing to {repo}", self._api.create_commit, repo, all_, commit_message=title, revision=revision,
-                parent_commit=parent, retry=False,
+                parent_commit=parent, retry=False, nbytes=_inline(operations),
             )  # fmt: skip
         return info.oid
 
     def open_pull(self, repo: str, title: str, text: str) -> int:
         """A new pull request without commits, or ours of that title if the answer to an earlier call was lost."""
-        name = self.account().name
-
-        def ask() -> int:
-            for d in self._api.get_repo_discussions(
-                repo, author=name, discussion_type="pull_request", discussion_status="open"
-            ):
-                if d.title == title:
-                    return d.num
-            return self._api.create_pull_request(repo, title, description=text).num
-
-        return self._call(f"opening a pull request on {repo}", ask)
+        return hub_pulls.open_pull(self._call, self._api, self.account().name, repo, title, text)
 
     def pull_status(self, repo: str, number: int) -> str:
         """draft, open, closed, merged, or "" if there is no such pull request."""
-
-        def ask() -> str:
-            try:
-                return self._api.get_discussion_details(repo, number).status
-            except HfHubHTTPError as e:
-                if e.response.status_code == 404:
-                    return ""
-                raise
-
-        return self._call(f"reading pull request {number} of {repo}", ask)
+        return hub_pulls.status(self._call, self._api, repo, number)
 
     def publish_pull(self, repo: str, number: int) -> None:
         """Make a draft an open pull request. Raises AuthError where only the repo's owner may."""
-        if self.pull_status(repo, number) == "draft":
-            self._call(
-                f"opening pull request {number} of {repo}", self._api.change_discussion_status, repo, number, "open"
-            )
+        hub_pulls.publish(self._call, self._api, repo, number)
 
     def tag(self, repo: str, name: str, commit: str) -> None:
         """Raises RemoteChanged if the tag exists on another commit."""
@@ -316,22 +310,14 @@ class Hub:
         if found != commit:
             raise RemoteChanged(f"{repo}: tag {name} is on {str(found)[:8]}, not on {commit[:8]}; run push again")
 
-    def collect(self, owner: str, title: str, description: str, repo: str, note: str) -> str:
-        """List the repo in the owner's collection of that title, with the note; returns the collection's slug."""
-        doing = f"adding {repo} to the collection {title!r}"
-        collection = self._call(
-            doing, self._api.create_collection, title, namespace=owner, description=description, exists_ok=True
-        )
-        if (collection.description or "") != description:
-            self._call(doing, self._api.update_collection_metadata, collection.slug, description=description)
-        item = next((i for i in collection.items if i.item_type == "model" and i.item_id == repo), None)
-        if item is None:
-            self._call(
-                doing, self._api.add_collection_item, collection.slug, repo, "model", note=note or None, exists_ok=True
-            )
-        elif (item.note or "") != note:
-            self._call(doing, self._api.update_collection_item, collection.slug, item.item_object_id, note=note)
-        return collection.slug
+    def arrange(self, owner: str, title: str, description: str, ladder: Sequence[Item], add: Iterable[str]) -> str:
+        """The owner's collection of that title, with the ladder in order (see `hub_collections`); returns its slug."""
+        return arrange(self._call, self._api, owner, title, description, ladder, set(add))
+
+    @property
+    def copies_between_repos(self) -> bool:
+        """Whether the hub can copy a large file from another repo: it does so by Xet hash."""
+        return not constants.HF_HUB_DISABLE_XET
 
     # ------------------------------------------------------------------------------------------ downloads
 
@@ -339,13 +325,25 @@ class Hub:
         """The commit that a branch, tag or commit of a repo is now."""
         self.require_online(f"resolving {repo}")
         info = self._call(f"resolving {repo} at {revision}", self._api.model_info, repo, revision=revision)
-        return str(info.sha)
+        return self._commit_id(info.sha, f"resolving {repo} at {revision}")
+
+    def _commit_id(self, found: Any, doing: str) -> str:
+        """Names folders and is put into addresses, so it is nothing but one."""
+        if not isinstance(found, str) or not COMMIT_ID.fullmatch(found):
+            raise self._call.none_of_a_hub(f"{doing}: commit {str(found)[:60]!r}")
+        return found
 
     def snapshot(self, repo: str, commit: str, names: Iterable[str]) -> Path:
         """The folder in the cache of `hf` with these files of a commit; what is there already is not fetched again."""
         return self._download(
             f"downloading {repo}", self._api.snapshot_download, repo, revision=commit,
             allow_patterns=[glob.escape(name) for name in names],
+        )  # fmt: skip
+
+    def download(self, repo: str, commit: str, folder: Path, cache: Path) -> Path:
+        """All files of a commit, fetched into `folder` whatever the cache of `hf` holds. cache: an empty folder."""
+        return self._download(
+            f"downloading {repo}", self._api.snapshot_download, repo, revision=commit, local_dir=folder, cache_dir=cache,
         )  # fmt: skip
 
     def file(self, repo: str, file: str, commit: str) -> Path:
@@ -356,7 +354,7 @@ class Hub:
         for attempt in range(1, DOWNLOAD_TRIES + 1):
             try:
                 with no_bars():
-                    return Path(self._call(doing, function, *args, retry=False, **kwargs))
+                    return Path(self._call(doing, function, *args, retry=False, transfer=True, **kwargs))
             except HubUnavailable:
                 if attempt == DOWNLOAD_TRIES or constants.is_offline_mode():
                     raise
@@ -417,11 +415,26 @@ def cached_snapshot(repo: str, commit: str) -> Path | None:
         raise InputError(f"{repo}: {str(e).splitlines()[0][:200]}") from None
 
 
+def _inline(operations: Iterable[CommitOperationAdd]) -> int:
+    """Bytes of a commit's own request: the files that are not in LFS, in base64."""
+    return sum(o.upload_info.size * 4 // 3 for o in operations if o._upload_mode != "lfs")
+
+
+def _front_matter(card: str) -> str:
+    """The metadata of a card, which is all that the hub checks of it; a card without any as it is."""
+    found = HEADER.match(card)
+    return found[0] if found else card
+
+
 def _first_message(body: Any) -> str:
     """The first reason of `{"errors": [{"message": …}]}`, whatever else a server may send."""
-    errors = body.get("errors") if isinstance(body, dict) else None
-    first = errors[0] if isinstance(errors, list) and errors else None
-    return str(first.get("message") if isinstance(first, dict) else "") or "no reason given"
+    return next(iter(_messages(body, "errors")), "no reason given")
+
+
+def _messages(body: Any, key: str) -> list[str]:
+    listed = body.get(key) if isinstance(body, dict) else None
+    found = [m.get("message") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
+    return [m for m in found if isinstance(m, str) and m][:5]
 
 
 def _check_sizes(group: Iterable[Upload]) -> None:

@@ -19,14 +19,16 @@ from huggingface_hub.utils._http import default_client_factory
 
 from inference.errors import AuthError, InputError
 
-CONNECT_S = 15  # to open a connection
+from .hub_bounds import ENCODINGS, bound
+from .hub_watch import Limits, watch
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def configure(endpoint: str, answer_s: float, watch: Callable[[httpx2.Response], None]) -> None:
-    """For all calls of this process from now on. answer_s: of silence; watch: is shown every answer."""
+def configure(endpoint: str, limits: Limits, look: Callable[[httpx2.Response], None]) -> None:
+    """For all calls of this process from now on. look: is shown every answer."""
     local = urlsplit(endpoint).hostname in LOOPBACK
-    # The built-in hub has no Xet, and the client does not fall back by itself.
+    # Rehearsals go by plain LFS: a hub on loopback need not offer Xet, and the client does not fall back by itself.
     constants.HF_HUB_DISABLE_XET = local or _is_true(os.environ.get("HF_HUB_DISABLE_XET"))
     if local:
         _bypass_proxy()
@@ -34,9 +36,9 @@ def configure(endpoint: str, answer_s: float, watch: Callable[[httpx2.Response],
         hf_logging.set_verbosity(logging.ERROR)  # its warnings quote signed URLs; failures are told by our errors
 
     def client() -> httpx2.Client:
-        made = default_client_factory()
-        made.timeout = httpx2.Timeout(answer_s, connect=CONNECT_S)
-        made.event_hooks["response"].append(watch)
+        made = watch(default_client_factory(), limits)
+        made.headers["accept-encoding"] = ENCODINGS
+        made.event_hooks["response"] += [bound, look]
         return made
 
     set_client_factory(client)

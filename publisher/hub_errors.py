@@ -14,6 +14,9 @@ import errno
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -35,7 +38,11 @@ from inference.errors import (
     ResourceError,
 )
 
+from .hub_watch import Budget, budget, extend
+
 RETRYABLE = (408, 429, 500, 502, 503, 504)
+SLOWEST = 32 << 10  # bytes a second that a call is given time for, beyond what it may take anyway
+LONGEST_S = 10**9  # a number of seconds that a server asks for is cut to this
 CONFLICTS = 30  # answers "another conflicting operation is in progress" to a create before giving up, one a second
 
 # What the client's own code raises for an answer without the fields that it expects, and ours for a bug: see `_is_bug`.
@@ -45,22 +52,53 @@ CLIENT_ERRORS = (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, Val
 T = TypeVar("T")
 
 
-class Calls:
-    """Makes calls to one endpoint: bounded retries, and our errors for the client's.
+@dataclass(frozen=True)
+class Patience:
+    """Seconds. retry_s: no further try of a call begins after that; pause_s: before the second one, doubled for each
+    further one; wait_s: that a hub may ask to wait, at once or in a row; call_s: for all tries of a call that is no
+    transfer, without the waits that were asked for."""
 
-    endpoint, token: what messages name, and never show. patience_s: for all tries of one call, waits included.
-    pause_s: before the second try, doubled for each further one. `watch` has to be a response hook of the client.
+    retry_s: float
+    pause_s: float
+    wait_s: float
+    call_s: float
+
+
+class Calls:
+    """Makes calls to one endpoint: bounded retries, waits as the hub asks for them, and our errors for the client's.
+
+    endpoint, token: what messages name, and never show. tell: shows a person that and why nothing happens. `watch` has to
+    be a response hook of the client, and its connections watched (`hub_watch`).
     """
 
-    def __init__(self, endpoint: str, token: str | None, patience_s: float, pause_s: float) -> None:
-        self.endpoint, self.patience_s, self.pause_s = endpoint, patience_s, pause_s
+    def __init__(self, endpoint: str, token: str | None, patience: Patience, tell: Callable[[str], None]) -> None:
+        self.endpoint, self.patience, self._tell = endpoint, patience, tell
         self._token = token
         self._answers = 0  # that arrived so far
         self._conflicts = 0
+        self._asked_since: float | None = None  # when the hub began to ask for waits, without a good answer since
+        self._told_until = 0.0
 
-    def __call__(self, doing: str, function: Callable[..., T], *args: Any, retry: bool = True, **kwargs: Any) -> T:
-        """function's value; what it raises becomes one of our errors. doing: for the message, "reading acme/x"."""
-        end, pause = time.monotonic() + self.patience_s, self.pause_s
+    def __call__(
+        self,
+        doing: str,
+        function: Callable[..., T],
+        *args: Any,
+        retry: bool = True,
+        transfer: bool = False,
+        nbytes: int = 0,
+        **kwargs: Any,
+    ) -> T:
+        """function's value; what it raises becomes one of our errors. doing: for the message, "reading acme/x".
+
+        transfer: takes as long as it takes, at the rate of `hub_watch.Limits`. nbytes: that another call has to send.
+        """
+        seconds = self.patience.call_s + nbytes / SLOWEST
+        with budget(None if transfer else Budget(doing, self.endpoint, seconds)):
+            return self._try(doing, function, args, kwargs, retry)
+
+    def _try(self, doing: str, function: Callable[..., T], args: Any, kwargs: Any, retry: bool) -> T:
+        end, pause = time.monotonic() + self.patience.retry_s, self.patience.pause_s
         while True:
             before = self._answers
             try:
@@ -70,28 +108,44 @@ class Calls:
             except CLIENT_ERRORS as e:
                 if _is_bug(e, answered=self._answers > before):
                     raise
-                fault, again, asked = self._translate(e, doing)
+                fault, again = self._translate(e, doing)
             # Raised outside of the handler: the client's exceptions hold the request, and with it the token.
-            wait = max(pause, asked)
-            if not (retry and again) or time.monotonic() + wait > end:
+            if not (retry and again) or time.monotonic() + pause > end:
                 raise fault
-            time.sleep(wait)
+            time.sleep(pause)
             pause *= 2
 
     def watch(self, answer: httpx2.Response) -> None:
-        """Sees every answer; ends waits that the client would do without a bound."""
+        """Sees every answer. Waits here as the hub asks: the client would not for some calls, not as a date, not within a
+        bound, and without a word."""
         self._answers += 1
         if answer.status_code in RETRYABLE:
-            asked = _asked_wait(answer)
-            if asked > self.patience_s:
-                raise HubUnavailable(f"the hub asks to wait {asked:.0f} s ({answer.status_code}); run again after that")
-        elif answer.status_code == 409:
+            self._wait(answer.status_code, asked_wait(answer))
+            for header in ("Retry-After", "ratelimit"):  # done: the client shall not wait for it again
+                answer.headers.pop(header, None)
+            return
+        self._asked_since = None
+        if answer.status_code == 409:
             answer.read()
             if "another conflicting operation" in answer.text:
                 self._conflicts += 1
                 if self._conflicts > CONFLICTS:
                     raise HubUnavailable("the hub is creating another of your repos all the while; run again later")
-                time.sleep(self.pause_s)
+                time.sleep(self.patience.pause_s)
+
+    def _wait(self, status: int, seconds: float) -> None:
+        """Raises HubUnavailable if that is too long, or has been by now."""
+        if not seconds:
+            return
+        now = time.monotonic()
+        self._asked_since = self._asked_since or now
+        if now + seconds - self._asked_since > self.patience.wait_s:
+            raise HubUnavailable(f"the hub asks to wait {seconds:.0f} s ({status}); run again after that")
+        if now + seconds > self._told_until + 1:  # once for uploads side by side
+            self._told_until = now + seconds
+            self._tell(f"the hub asks to wait {seconds:.0f} s ({status})")
+        extend(seconds)
+        time.sleep(seconds)
 
     def forget_conflicts(self) -> None:
         """The next create may meet CONFLICTS of its own."""
@@ -108,30 +162,30 @@ class Calls:
         text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)
         return " ".join(text.split())[:300]
 
-    def _translate(self, error: BaseException, doing: str) -> tuple[PublishError, bool, float]:
-        """(our error, whether another try can help, seconds that the server asked to wait)."""
+    def _translate(self, error: BaseException, doing: str) -> tuple[PublishError, bool]:
+        """(our error, whether another try can help)."""
         for e in _chain(error):
             if isinstance(e, PublishError):
-                return e, False, 0
+                return e, False
             if isinstance(e, OfflineModeIsEnabled):
-                return HubUnavailable(f"{doing} needs the hub, and HF_HUB_OFFLINE is set: unset it"), False, 0
+                return HubUnavailable(f"{doing} needs the hub, and HF_HUB_OFFLINE is set: unset it"), False
             if isinstance(e, LocalEntryNotFoundError) and not isinstance(e.__cause__, httpx2.HTTPError | OSError):
-                return InputError(f"{doing}: not in the local cache, and the hub cannot be asked"), False, 0
+                return InputError(f"{doing}: not in the local cache, and the hub cannot be asked"), False
             if isinstance(e, HfHubHTTPError | httpx2.HTTPStatusError):
                 status = e.response.status_code
-                return self._by_status(e, e.response, doing), status in RETRYABLE, _asked_wait(e.response)
+                return self._by_status(e, e.response, doing), status in RETRYABLE
             if isinstance(e, httpx2.TransportError):
                 what = "does not answer" if isinstance(e, httpx2.TimeoutException) else "cannot be reached"
-                return HubUnavailable(f"{doing}: {self.endpoint} {what} ({type(e).__name__})"), True, 0
+                return HubUnavailable(f"{doing}: {self.endpoint} {what} ({type(e).__name__})"), True
             if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-                return ResourceError(f"{doing}: the disk is full ({e.filename or 'in the cache of hf'})"), False, 0
+                return ResourceError(f"{doing}: the disk is full ({e.filename or 'in the cache of hf'})"), False
         if isinstance(error, FileNotFoundError):
-            return CheckFailed(f"{doing}: {error.filename} is gone"), False, 0
+            return CheckFailed(f"{doing}: {error.filename} is gone"), False
         if isinstance(error, AMBIGUOUS) or "JSON" in type(error).__name__:
-            return self.none_of_a_hub(doing), True, 0
+            return self.none_of_a_hub(doing), True
         if isinstance(error, OSError | RuntimeError):  # Xet: text is all there is
-            return HubUnavailable(f"{doing}: {self.clean(str(error)) or type(error).__name__}"), True, 0
-        return InputError(f"{doing}: {self.clean(str(error))}"), False, 0
+            return HubUnavailable(f"{doing}: {self.clean(str(error)) or type(error).__name__}"), True
+        return InputError(f"{doing}: {self.clean(str(error))}"), False
 
     def _by_status(self, error: BaseException, answer: httpx2.Response, doing: str) -> PublishError:
         status = answer.status_code
@@ -183,8 +237,24 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _asked_wait(answer: httpx2.Response) -> float:
-    """Seconds that a 429 or 503 asks to wait, 0 if it does not."""
+def asked_wait(answer: httpx2.Response) -> float:
+    """Seconds that a 429 or 503 asks to wait, 0 if it does not: as a number, as a date, or by the Hub's own header."""
     text = answer.headers.get("Retry-After", "").strip()
-    limit = re.search(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", answer.headers.get("ratelimit", ""))
-    return float(text) if text.isdigit() else float(limit[1]) if limit and answer.status_code == 429 else 0.0
+    if re.fullmatch(r"[0-9]+", text):
+        return min(float(text[:12]), LONGEST_S)
+    limit = re.search(r"r\s*=\s*0\s*;\s*t\s*=\s*([0-9]{1,12})", answer.headers.get("ratelimit", ""))
+    if limit and answer.status_code == 429:
+        return min(float(limit[1]) + 1, LONGEST_S)
+    until = _date(text)
+    if until is None:
+        return 0.0
+    # by the server's own clock, if it tells it: ours may go wrong
+    return max(0.0, (until - (_date(answer.headers.get("Date", "")) or datetime.now(UTC))).total_seconds())
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        found = parsedate_to_datetime(text)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,27 +43,36 @@ class Measured:
 
 
 def measure_all(
-    project: Project, base: ResolvedBase, wanted: Mapping[str, Wanted], report: Report
+    project: Project,
+    base: ResolvedBase,
+    wanted: Mapping[str, Wanted],
+    report: Report,
+    passed: Callable[[str], None] = lambda id: None,
+    quiet: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Measured]:
     """Run what is wanted and write each result as soon as it is there; a killed run keeps the finished ones.
 
     A variant whose smoke test fails is not benchmarked. A base that does not fit into memory costs the comparison of
     continuations and the BF16 row, each of which says so. A variant that does not fit gets no verdict, only a benchmark
     that says what it needs: that is nothing against its weights.
+
+    passed: is told of each variant whose smoke test passes. quiet: a context in which nothing else runs, for benchmarks.
     """
     wanted = {id: w for id, w in wanted.items() if w.smoke or w.bench}
     if not wanted:
         return {}
     run = _Run(uuid.uuid4().hex[:12], datetime.now(UTC).isoformat(timespec="seconds"), device(), _compute(base))
-    ref, bf16 = _base_row(project, base, wanted, report)
+    ref, bf16 = _base_row(project, base, wanted, report, quiet)
     out: dict[str, Measured] = {}
     for id, want in wanted.items():
         smoked = benched = None
         try:
             if want.smoke and ref is not None:
                 smoked = _smoke(project, id, want.manifest, ref, run, report)
+                if smoked.passed:
+                    passed(id)
             if want.bench and (smoked is None or smoked.passed):
-                with _model(project, id) as model, report.bar(f"{id}: bench") as tick:
+                with quiet(), _model(project, id) as model, report.bar(f"{id}: bench") as tick:
                     speed = measure(model, project.ladder.bench, smoke_text(project), tick)
                 benched = _bench(project, want.manifest, speed, bf16, run)
         except CheckpointError as e:
@@ -133,7 +142,11 @@ def _bench(project: Project, manifest: Manifest, speed: Speed, bf16: Speed, run:
 
 
 def _base_row(
-    project: Project, base: ResolvedBase, wanted: Mapping[str, Wanted], report: Report
+    project: Project,
+    base: ResolvedBase,
+    wanted: Mapping[str, Wanted],
+    report: Report,
+    quiet: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Reference | None, Speed]:
     """The reference for smoke tests (None if none is wanted) and the BF16 speeds."""
     smoking, benching = any(w.smoke for w in wanted.values()), any(w.bench for w in wanted.values())
@@ -142,7 +155,7 @@ def _base_row(
     try:
         with _opened(base.folder) as model:
             if benching:
-                with report.bar("BF16: bench") as tick:
+                with quiet(), report.bar("BF16: bench") as tick:
                     speed = measure(model, project.ladder.bench, smoke_text(project), tick)
                 report.line(f"BF16: bench  {_speeds(speed, speed)}")
             if smoking:

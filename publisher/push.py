@@ -2,6 +2,7 @@
 
     plan_push   reads both sides and decides, changing nothing: that is the dry run (`push_plan`)
     execute     upload → re-hash → one commit on top of the head that was planned with → compare by hash → tag → receipt
+    (what spans several repos, collection and visibility, is `release`'s)
 
 The folder's files are frozen while this runs: hashed before, looked at again before the commit. Whatever goes wrong
 around the commit, the repo is read again, and what it holds decides: ours (the answer was lost), the old head (try
@@ -29,19 +30,21 @@ from inference.errors import (
     RemoteChanged,
 )
 
-from .hub import Hub, Progress, RemoteFile, Upload
+from .card_history import record
+from .card_notes import Notes, read_card, with_notes
+from .hub import Head, Hub, Progress, RemoteFile, Upload
 from .push_plan import LocalFile, PushPlan, local_files, plan_push, pull_receipt, repo_id, same
-from .schema import Check, FileEntry, Receipt
-from .store import read_model, write_model
+from .schema import Check, FileEntry, Manifest, Receipt
+from .store import read_model, write_model, write_text
 from .variants import Project
 from .verify import file_key, sha256_of
 
 __all__ = ["PushPlan", "RemoteState", "execute", "plan_push", "remote_state", "verify_remote"]
 
 COMMIT_TRIES = 3
-INLINE_BYTES = (
-    10 << 20
-)  # files up to this are read once and sent as those bytes; the Hub takes no larger one outside LFS
+INLINE_BYTES = 10 << 20  # files up to this go up as the bytes that were hashed; the Hub takes no larger one outside LFS
+CHANGES = 5  # files of somebody else's commit that an error names
+NEXT = "run push again to see the difference, or propose yours with --create-pr"
 TAG = re.compile(r"v([1-9]\d{0,5})")
 
 
@@ -74,10 +77,12 @@ def execute(hub: Hub, project: Project, plan: PushPlan, progress: Progress | Non
         raise AuthError(
             f"push to {plan.repo}: the token of {account.name} can only read; it needs write access to {owner}"
         )
+    if plan.notes is not None:
+        plan = _with_notes(hub, project, plan)
     commit = plan.head
     if not plan.up_to_date:
         plan = _ready(hub, plan, tell)
-        commit = _send(hub, project, plan, tell)
+        commit = _send(hub, plan, tell)
     assert commit is not None
     tell("checking", 0, 0)
     tree = hub.tree(plan.repo, commit)
@@ -93,20 +98,30 @@ def execute(hub: Hub, project: Project, plan: PushPlan, progress: Progress | Non
     tell("tagging", 0, 0)
     receipt = receipt.model_copy(update={"tag": _tag(hub, plan, receipt, commit)})
     _write_if_new(project.store.receipt(plan.id), receipt)
-    collection = project.ladder.collection
-    if collection:
-        tell("listing in the collection", 0, 0)
-        hub.collect(
-            plan.repo.split("/")[0], collection.title, collection.description, plan.repo, project.variant(plan.id).note
-        )
+    manifest = read_model(project.store.manifest(plan.id), Manifest)
+    if manifest is not None and manifest.weights_hash == plan.weights_hash:
+        record(project, plan, manifest, receipt)
     return receipt
+
+
+def _with_notes(hub: Hub, project: Project, plan: PushPlan) -> PushPlan:
+    """The plan once notes that were changed on the hub are in the card here; the rest of it stays as it was planned."""
+    card, target = project.store.variant(plan.id) / "README.md", plan.target
+    write_text(card, with_notes(read_card(card) or "", Notes(plan.notes or "")))
+    again = plan_push(
+        hub, project, plan.id, private=target.private, create_pr=target.create_pr, overwrite=target.overwrite,
+        staged=target.staged,
+    )  # fmt: skip
+    if again.head != plan.head or again.notes is not None or again.refusal:
+        raise RemoteChanged(f"{plan.repo}: the card was edited on the hub meanwhile; {NEXT}")
+    return again
 
 
 def _ready(hub: Hub, plan: PushPlan, tell: Progress) -> PushPlan:
     """The plan with a repo, write access and, if asked for, a pull request to push to."""
     if not plan.exists:
         tell("creating the repo", 0, 0)
-        hub.create_repo(plan.repo, plan.target.private)
+        hub.create_repo(plan.repo, plan.target.private or plan.target.staged)
     if not plan.target.create_pr:
         hub.check_write(plan.repo)
     head = hub.head(plan.repo, plan.target.revision)
@@ -118,8 +133,9 @@ def _ready(hub: Hub, plan: PushPlan, tell: Progress) -> PushPlan:
             raise RemoteChanged(f"{plan.repo}: somebody created it meanwhile and put {taken[0]} there; run push again")
         plan = replace(plan, head=head.commit)
     elif head.commit != plan.head:
+        told = changes_since(hub, plan, head)
         raise RemoteChanged(
-            f"{plan.repo}: the head moved from {str(plan.head)[:8]} to {head.commit[:8]}; run push again"
+            f"{plan.repo}: the head moved from {str(plan.head)[:8]} to {head.commit[:8]} ({told}); {NEXT}"
         )
     if plan.target.create_pr and plan.target.pull_request is None:
         text = f"Pushed by the publisher of {plan.repo}; weights {plan.weights_hash}."
@@ -134,41 +150,62 @@ def _digest(files: Iterable[LocalFile]) -> str:
     return hashlib.sha256("".join(f"{f.path} {f.sha256}\n" for f in files).encode()).hexdigest()
 
 
-def _send(hub: Hub, project: Project, plan: PushPlan, tell: Progress) -> str:
+def _send(hub: Hub, plan: PushPlan, tell: Progress) -> str:
     """Upload and commit; returns the commit that holds our files."""
     assert plan.head is not None
-    uploads = [_upload_of(f) for f in (*plan.add, *plan.update)]
+    copies = {c.path: c for c in plan.copies}
+    uploads = [_upload_of(f) for f in (*plan.add, *plan.update) if f.path not in copies]
     card = next((u for u in uploads if u.path == "README.md"), None)
     if card and isinstance(card.source, bytes):
         hub.check_card(card.source.decode(errors="replace"))
-    for attempt in range(1, COMMIT_TRIES + 1):
+    attempt = 0
+    while True:
+        attempt += 1
         operations = hub.upload(plan.repo, plan.target.revision, uploads, tell)
         for f in plan.files:
-            if file_key(f.source) != f.key and sha256_of(f.source) != f.sha256:
+            if f.key and not _is_as_hashed(f):
                 raise CheckFailed(f"{f.path} changed while it was being pushed; nothing was committed: run push again")
         tell("committing", 0, 0)
         try:
-            return hub.commit(plan.repo, plan.target.revision, operations, plan.delete, plan.title, plan.head)
+            return hub.commit(
+                plan.repo, plan.target.revision, operations, plan.delete, plan.title, plan.head, copies.values()
+            )
         except PublishError as e:
             error = e  # nothing is known yet: what the repo holds decides
         landed = _landed(hub, plan)
         if landed:
             return landed
+        if copies:  # the hub may not copy these (another region, rights, an older hub): then they are sent
+            uploads += [_upload_of(f) for f in (*plan.add, *plan.update) if f.path in copies]
+            copies, attempt = {}, attempt - 1
+            continue
         if attempt == COMMIT_TRIES or not isinstance(error, HubUnavailable | RemoteChanged):
             raise error
         tell("waiting to commit again", 0, 0)
         time.sleep(hub.pause_s * attempt)
-    raise AssertionError
+        landed = _landed(hub, plan)  # what was read at once may have come from a cache behind the truth
+        if landed:
+            return landed
 
 
 def _upload_of(file: LocalFile) -> Upload:
     """Small files go up as the bytes that were compared; large ones by path."""
     if file.size > INLINE_BYTES:
         return Upload(file.path, file.source, file.size, file.sha256)
-    data = file.source.read_bytes()
+    try:
+        data = file.source.read_bytes()
+    except FileNotFoundError:
+        raise CheckFailed(f"{file.path} is gone since the push began; nothing was committed: run push again") from None
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise CheckFailed(f"{file.path} changed while it was being pushed; nothing was committed: run push again")
     return Upload(file.path, data, file.size, file.sha256)
+
+
+def _is_as_hashed(file: LocalFile) -> bool:
+    try:
+        return file_key(file.source) == file.key or sha256_of(file.source) == file.sha256
+    except FileNotFoundError:
+        return False
 
 
 def _landed(hub: Hub, plan: PushPlan) -> str | None:
@@ -187,9 +224,15 @@ def _landed(hub: Hub, plan: PushPlan) -> str | None:
     gone = not any(path in head.files for path in plan.delete)
     if gone and all(f.path in head.files and same(f, head.files[f.path]) for f in plan.files):
         return head.commit
-    raise RemoteChanged(
-        f"{plan.repo}: somebody else committed {head.commit[:8]} while we pushed; run push again to compare"
-    )
+    told = changes_since(hub, plan, head)
+    raise RemoteChanged(f"{plan.repo}: somebody else committed {head.commit[:8]} ({told}) while we pushed; {NEXT}")
+
+
+def changes_since(hub: Hub, plan: PushPlan, head: Head) -> str:
+    """The files that somebody changed between the planned head and this one, in words."""
+    before = (hub.tree(plan.repo, plan.head) if plan.head else None) or {}
+    paths = sorted(p for p in before.keys() | head.files.keys() if p not in before or before[p] != head.files.get(p))
+    return ", ".join(paths[:CHANGES]) + (f" and {len(paths) - CHANGES} more" if paths[CHANGES:] else "") or "no file"
 
 
 def compare(files: Sequence[LocalFile], tree: Mapping[str, RemoteFile] | None) -> list[Check]:
@@ -215,11 +258,13 @@ def _write_receipt(hub: Hub, project: Project, plan: PushPlan, commit: str) -> R
     """Written before the tag: from here on the next push knows what this one left."""
     path = pull_receipt(project, plan.id) if plan.target.create_pr else project.store.receipt(plan.id)
     old = read_model(path, Receipt)
+    # of the weights that are here or not as they were when this push began
+    pruned_at = old.pruned_at if old and any(f.key is None for f in plan.files) else None
     entries = [FileEntry(path=f.path, size=f.size, sha256=f.sha256) for f in plan.files]
     if (
         old
         and (old.repo, old.endpoint, old.weights_hash) == (plan.repo, hub.endpoint, plan.weights_hash)
-        and (old.files, old.pull_request) == (entries, plan.target.pull_request)
+        and (old.files, old.pull_request, old.pruned_at) == (entries, plan.target.pull_request, pruned_at)
         and plan.up_to_date
     ):
         return old
@@ -234,6 +279,7 @@ def _write_receipt(hub: Hub, project: Project, plan: PushPlan, commit: str) -> R
         files=entries,
         pushed_at=datetime.now(UTC).isoformat(timespec="seconds"),
         tag=old.tag if old and same_repo and old.weights_hash == plan.weights_hash else None,
+        pruned_at=pruned_at,
     )
     write_model(path, receipt)
     return receipt

@@ -7,35 +7,34 @@ a push: loaders read every `model*.safetensors`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inference.errors import GateRefused, InputError
 
-from .hub import Head, Hub, RemoteFile
+from .hub import Copy, Head, Hub, RemoteFile
+from .prune import pruned
+from .push_cards import CardEdit, card_edit
+from .push_copies import find_copies
 from .schema import Manifest, Receipt
-from .store import read_model
+from .store import MANIFEST_BYTES, read_model
 from .variants import Project
-from .verify import file_key, is_plain, sha256_of
+from .verify import beside_manifest, file_key, is_plain, sha256_of
 
-MANIFEST_BYTES = 50 << 20
-CARD_BYTES = 2 << 20
-DIFF_LINES = 200
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to publish, as it was hashed. key: size, times and inode then."""
+    """A file to publish, as it was hashed. key: size, times and inode then; None: it was pruned, and is not here."""
 
     path: str
     source: Path
     size: int
     sha256: str
-    key: tuple[int, ...]
+    key: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class ForeignEdit:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a push goes, and how. private: of a repo that has to be created; overwrite: foreign edits too."""
+    """Where a push goes, and how. private: of a repo that has to be created; overwrite: foreign edits too; staged: a repo
+    that has to be created is private at first, and a release makes it public at its end."""
 
     id: str
     repo: str
@@ -58,6 +58,7 @@ class Target:
     create_pr: bool
     pull_request: int | None
     overwrite: bool
+    staged: bool = False
 
     @property
     def revision(self) -> str:
@@ -69,7 +70,8 @@ class PushPlan:
     """What a push would do. head: the commit it was planned on, None if there is no repo yet.
 
     add, update, unchanged: our files; delete: of an earlier push, ours no more; kept: on the hub, not from here;
-    foreign: ours, but edited on the hub; strays: weights on the hub that are not from here.
+    foreign: ours, but edited on the hub; strays: weights on the hub that are not from here; copies: of what is to be added
+    or updated, the bytes that the hub has, in this repo or in another one.
     """
 
     target: Target
@@ -85,6 +87,9 @@ class PushPlan:
     foreign: tuple[ForeignEdit, ...]
     strays: tuple[str, ...]
     reasons: tuple[str, ...]
+    copies: tuple[Copy, ...] = ()
+    notes: str | None = None  # of the card, changed on the hub alone: ours are to become these
+    told: tuple[str, ...] = ()  # by the hub before the push, see `preflight`
 
     @property
     def id(self) -> str:
@@ -101,7 +106,8 @@ class PushPlan:
     @property
     def bytes_to_send(self) -> int:
         """At most; what the hub has stored already for any repo is not sent again."""
-        return sum(f.size for f in (*self.add, *self.update))
+        copied = {c.path for c in self.copies}
+        return sum(f.size for f in (*self.add, *self.update) if f.path not in copied)
 
     @property
     def up_to_date(self) -> bool:
@@ -110,6 +116,9 @@ class PushPlan:
     @property
     def refusal(self) -> str | None:
         """Why `push` would not carry it out, as one line; None if it would."""
+        gone = next((f for f in (*self.add, *self.update) if f.key is None), None)
+        if gone:
+            return f"{self.repo}: {gone.path} is pruned here, and not on the hub; run `publish build {self.id}`"
         if self.strays:
             return (
                 f"{self.repo}: {self.strays[0]} on the hub is no file of {self.id}, and loaders would read it; "
@@ -127,12 +136,12 @@ class PushPlan:
     @property
     def title(self) -> str:
         """The commit's message."""
-        weights = [f for f in (*self.add, *self.update) if f.path.endswith(".safetensors")]
-        if weights or self.delete:
+        paths = [*(f.path for f in (*self.add, *self.update)), *self.delete]
+        if any(path.endswith(".safetensors") for path in paths):
             return f"{self.id}: weights {self.weights_hash[:12]}"
-        if all(f.path == "README.md" or f.path.startswith("images/") for f in (*self.add, *self.update)):
+        if all(path != "manifest.json" and beside_manifest(path) for path in paths):
             return f"{self.id}: update card"
-        return f"{self.id}: update {', '.join(f.path for f in (*self.add, *self.update)[:4])}"
+        return f"{self.id}: update {', '.join(paths[:4])}"
 
 
 def local_files(project: Project, id: str, rehash: bool = True) -> tuple[Manifest, list[LocalFile]]:
@@ -146,12 +155,19 @@ def local_files(project: Project, id: str, rehash: bool = True) -> tuple[Manifes
     if manifest is None:
         raise GateRefused(f"{id}: not built; run `publish build {id}`")
     known = {f.path: f for f in manifest.files}
-    extra = [p.relative_to(folder).as_posix() for p in sorted(folder.glob("images/*")) if p.is_file()]
+    found = pruned(project, manifest)
+    gone = found.files if found else {}
+    extra = [
+        path for p in folder.rglob("*") if p.is_file() and beside_manifest(path := p.relative_to(folder).as_posix())
+    ]
     files = []
     for path in sorted({*known, "manifest.json", "README.md", *extra}):
         source = folder / path
-        if not is_plain(path) or source.is_symlink():
+        if not is_plain(path) or source.resolve() != folder.resolve() / path:  # a link, or in a folder that is one
             raise GateRefused(f"{id}: {path} leads out of the folder; run `publish build {id}`")
+        if path in gone:
+            files.append(LocalFile(path, source, known[path].size, known[path].sha256, None))
+            continue
         try:
             key = file_key(source)
             entry = known.get(path)
@@ -173,9 +189,11 @@ def plan_push(
     private: bool = False,
     create_pr: bool = False,
     overwrite: bool = False,
+    staged: bool = False,
     rehash: bool = True,
 ) -> PushPlan:
     """Compare the folder with the repo. Reads only. private: of a repo that is created. overwrite: foreign edits too.
+    staged: a new repo is made private at first.
 
     Raises GateRefused (see local_files), InputError, AuthError, HubUnavailable.
     """
@@ -190,12 +208,33 @@ def plan_push(
     revision = "main" if number is None else f"refs/pr/{number}"
     head = hub.head(repo, revision)
     known = Known(_pushed(hub, repo, head, receipt, pull), _listed(hub, repo, head, receipt, files))
-    target = Target(id, repo, hub.endpoint, private, create_pr, number, overwrite)
+    target = Target(id, repo, hub.endpoint, private, create_pr, number, overwrite, staged)
     plan = decide(target, manifest.weights_hash, files, head, known)
-    if head and any(f.path == "README.md" for f in plan.foreign):
-        diff = _card_diff(hub, repo, head, receipt, project.store.variant(id) / "README.md")
-        edits = tuple(replace(f, diff=diff) if f.path == "README.md" else f for f in plan.foreign)
-        plan = replace(plan, foreign=edits)
+    plan = replace(plan, copies=tuple(find_copies(hub, project, plan, head)))
+    if head and any(f.path == CARD for f in plan.foreign):
+        last = receipt if number is None else pull
+        plan = with_edit(
+            plan, card_edit(hub, repo, head.commit, last and last.commit, project.store.variant(id) / CARD)
+        )
+    return plan
+
+
+def with_edit(plan: PushPlan, edit: CardEdit) -> PushPlan:
+    """The plan, knowing what was edited of the card. Notes are left as they are where all of it is to be overwritten."""
+    others = tuple(f for f in plan.foreign if f.path != CARD)
+    if edit.foreign or (plan.target.overwrite and edit.take is not None):
+        (mine,) = (f for f in plan.foreign if f.path == CARD)
+        edited = replace(mine, diff=edit.diff, what=edit.what or mine.what)
+        return replace(plan, foreign=tuple(edited if f.path == CARD else f for f in plan.foreign))
+    plan = replace(plan, foreign=others, notes=edit.take)
+    if edit.take is None:
+        return plan
+    reasons = (r for r in plan.reasons if not r.startswith(f"{CARD}:"))
+    plan = replace(plan, reasons=(*reasons, f"{CARD}: its notes were changed on the hub, and are taken over"))
+    if edit.same:  # nothing to send of it, once the notes are here
+        same = tuple(f for f in plan.update if f.path == CARD)
+        update = tuple(f for f in plan.update if f.path != CARD)
+        plan = replace(plan, update=update, unchanged=(*plan.unchanged, *same))
     return plan
 
 
@@ -309,21 +348,7 @@ def same(local: LocalFile, remote: RemoteFile) -> bool:
         return False
     if remote.sha256 is not None:
         return local.sha256 == remote.sha256
+    if local.key is None:
+        return False
     data = local.source.read_bytes()  # a file outside of LFS: at most 10 MB
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == remote.blob
-
-
-def _card_diff(hub: Hub, repo: str, head: Head, receipt: Receipt | None, card: Path) -> str:
-    """What was edited: from the card as last pushed (else ours) to the one on the hub."""
-    before, label = None, "README.md as pushed"
-    if receipt:
-        with suppress(InputError):  # that commit is gone
-            before = hub.read_range(repo, receipt.commit, "README.md", 0, CARD_BYTES)
-    if before is None:
-        before, label = card.read_bytes(), "README.md here"
-    there = hub.read_range(repo, head.commit, "README.md", 0, CARD_BYTES)
-    old, new = (text.decode(errors="replace").splitlines() for text in (before, there))
-    lines = list(difflib.unified_diff(old, new, label, "README.md on the hub", lineterm=""))
-    if len(lines) > DIFF_LINES:
-        lines = [*lines[:DIFF_LINES], f"… {len(lines) - DIFF_LINES} lines more"]
-    return "\n".join(lines)

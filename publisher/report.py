@@ -27,6 +27,10 @@ class Report:
         else:
             print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one place that talks while a step runs
 
+    def nbytes(self, what: str, done: int, total: int) -> None:
+        """A line: how many bytes of a transfer or a pass are done."""
+        self.line(f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+
     @contextmanager
     def bar(self, label: str) -> Iterator[Any]:
         if self.quiet:

@@ -1,8 +1,8 @@
 """Every file on disk that this tool reads or writes, as frozen pydantic models: one place for their shape.
 
 variants.yaml → `Ladder`; variants.lock → `Lock`; out/<ID>/manifest.json → `Manifest`; out/results/<weights hash>/ →
-`BuildRecord`, `Smoke`, `Bench`, `Quality`; out/receipts/ → `Receipt`. An unknown key is an error everywhere. Units stand in the
-names: nbytes, _s, _gb (1e9 bytes), tps (tokens a second).
+`BuildRecord`, `Smoke`, `Bench`, `Quality`; out/receipts/ → `Receipt`; out/history/ → `History`. An unknown key is an
+error everywhere. Units stand in the names: nbytes, _s, _gb (1e9 bytes), tps (tokens a second).
 """
 
 from __future__ import annotations
@@ -264,6 +264,20 @@ class CardSpec(File):
     )
 
 
+class SignSpec(File):
+    """The optional signature of each repo, in the OpenSSF Model Signing format. No file that is pushed names these."""
+
+    key: str | None = Field(
+        default=None, description="private EC key in PEM; where it is named, `publish push` signs with it"
+    )
+    certificate: str | None = Field(default=None, description="certificate of that key, in PEM; put into the signature")
+    chain: list[str] = Field(
+        default_factory=list,
+        description="certificates above it, in PEM: put into the signature, and trusted by `verify`",
+    )
+    public_key: str | None = Field(default=None, description="public EC key in PEM that `publish verify` checks with")
+
+
 class Ladder(File):
     """variants.yaml: a base model and the ladder of variants to publish."""
 
@@ -293,7 +307,19 @@ class Ladder(File):
     evaluation: EvaluationSpec = EvaluationSpec()
     card: CardSpec = CardSpec()
     collection: CollectionSpec | None = None
+    private_storage: str | None = Field(
+        default=None,
+        description='what the owner\'s private repos may hold together, e.g. "500 GB"; default: as its plan is documented',
+    )
+    sign: SignSpec | None = None
     variants: dict[VariantId, VariantSpec] = Field(min_length=1, description="the ladder, smallest first")
+
+    @field_validator("private_storage")
+    @classmethod
+    def _storage(cls, value: str | None) -> str | None:
+        if value is not None and parse_size(value).kind != "file":
+            raise ValueError('expected bytes such as "500 GB" or "1 TB"')
+        return value
 
     @field_validator("repo")
     @classmethod
@@ -517,6 +543,7 @@ class BuildRecord(File):
     device: Device
     probes: list[CostProbe] = Field(default_factory=list)  # of costs.json, as it was then: measured on this model
     probe_tokens: int = 0
+    versions: dict[str, str] = Field(default_factory=dict)  # of Python and the packages that built it
 
 
 class Check(File):
@@ -736,6 +763,74 @@ class CalibrationRecord(File):
         return sum(f.size for f in self.files)
 
 
+class ReleaseQuality(File):
+    """How far released weights were from BF16, over the evaluation text."""
+
+    teacher: Sha256  # only figures of one teacher may be compared
+    positions: int
+    kld: Interval
+
+
+class Release(File):
+    """Weights that stood in a repo. commit, pushed_at: null where no push from here put them there."""
+
+    endpoint: str
+    repo: str
+    weights_hash: Sha256
+    tool: str
+    built_at: str | None  # of build.json; null where these weights were not built here
+    inputs: BuildInputs
+    nbytes: int  # of all stored tensors
+    quality: ReleaseQuality | None = None
+    commit: str | None = None
+    tag: str | None = None
+    pushed_at: str | None = None
+
+
+class History(File):
+    """out/history/<ID>.json: what was released of a variant, oldest first."""
+
+    schema_version: Literal[1] = 1
+    id: str
+    releases: list[Release]
+
+
+class ProvenanceBase(File):
+    """The base that was used. repo and commit: where it came from the Hub; else the hashes alone tell it."""
+
+    name: str
+    repo: str | None
+    commit: str | None
+    source_hash: str
+    files_hash: str
+
+
+class ProvenanceImatrix(File):
+    """The imatrix that was used; repo, file and commit where it came from the Hub."""
+
+    name: str
+    sha256: str
+    repo: str | None = None
+    file: str | None = None
+    commit: str | None = None
+
+
+class Provenance(File):
+    """out/<ID>/provenance/lock.json: what the rules of the variants.yaml beside it were applied to, and by what."""
+
+    schema_version: Literal[1] = 1
+    id: str
+    weights_hash: Sha256
+    tool: str
+    base: ProvenanceBase
+    imatrix: ProvenanceImatrix | None
+    solver: str
+    quant_version: int
+    statistics: Sha256 | None  # key of what `publish calibrate` collected, where the solver used it
+    calibration: CalibrationInput | None  # the texts of these, by hash, and the settings
+    versions: dict[str, str]  # when it was built; empty where that was not recorded
+
+
 class Receipt(File):
     """Proof of one push."""
 
@@ -749,3 +844,27 @@ class Receipt(File):
     files: list[FileEntry]
     pushed_at: str
     tag: str | None = None
+    pruned_at: str | None = None  # when the weights here were deleted, after the hub's were proven to be these
+
+
+class LadderEntry(File):
+    """What the last push that named a variant left on the hub."""
+
+    id: str
+    repo: str
+    commit: str | None = None  # None: no push has ended well yet
+    tag: str | None = None
+    weights_hash: Sha256 | None = None
+    waiting: bool = False  # made private by a push, to become public once all repos of a push are good
+    error: str | None = None  # why the last push of it failed
+
+
+class LadderReceipt(File):
+    """Proof of a release: every repo of the ladder, and the collection."""
+
+    schema_version: Literal[1] = 1
+    endpoint: str
+    repos: list[LadderEntry]
+    collections: list[str] = Field(default_factory=list)  # slugs
+    errors: dict[str, str] = Field(default_factory=dict)  # what else of the last push failed
+    pushed_at: str

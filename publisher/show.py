@@ -7,6 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from .allocation import UNKNOWN
 from .card_bits import layer_text
 from .card_format import size
 from .plan import CONTEXT, VariantPlan, build_memory, disk_needed
-from .schema import Baseline, Baselines, Bench, Check, Divergence, Greedy, Quality, Receipt, Smoke
+from .schema import Baseline, Baselines, Bench, Check, Divergence, Greedy, LadderReceipt, Quality, Receipt, Smoke
 from .store import read_result, sha256_file
 from .survey import Rung, Survey, read_manifest, read_quality
 from .variants import Project
@@ -24,8 +25,10 @@ from .variants import Project
 if TYPE_CHECKING:
     from .build import Outcome
     from .calibrate import Calibrated
+    from .drift import BaseDrift
     from .evaluate_figures import Paired
     from .push import PushPlan, RemoteState
+    from .release import Released
 
 GIB = 1 << 30
 NAMES = 12  # of files, before a line says how many more
@@ -268,8 +271,9 @@ def _layers(plans: Sequence[TensorPlan]) -> str:
 # ---------------------------------------------------------------------------------------------- status
 
 
-def status_json(seen: Survey, remotes: Mapping[str, RemoteState]) -> dict[str, Any]:
-    return {"variants": [_status_row(seen.project, r, remotes.get(r.id)) for r in seen.rungs.values()]}
+def status_json(seen: Survey, remotes: Mapping[str, RemoteState], base: BaseDrift | None = None) -> dict[str, Any]:
+    rows = [_status_row(seen.project, r, remotes.get(r.id)) for r in seen.rungs.values()]
+    return {"variants": rows, **({"base": {**asdict(base), "text": base.text}} if base else {})}
 
 
 def _status_row(project: Project, rung: Rung, remote: RemoteState | None) -> dict[str, Any]:
@@ -283,10 +287,13 @@ def _status_row(project: Project, rung: Rung, remote: RemoteState | None) -> dic
         "stale": {"weights": s.weights, "smoke": s.smoke, "bench": s.bench, "card": s.card},
         "quality": s.quality,  # reasons why it is not current; `publish eval` is a step of its own
         "smoke_failed": s.failed,
+        "pruned": s.pruned,  # where the weights are that were deleted here
         "weights_hash": rung.manifest.weights_hash if rung.manifest else None,
         "nbytes": rung.manifest.nbytes if rung.manifest else None,
         "pushed": _pushed(project, rung, receipt),
-        "remote": {"state": remote.state, "differences": list(remote.differences)} if remote else None,
+        "remote": {"state": remote.state, "commit": remote.commit, "differences": list(remote.differences)}
+        if remote
+        else None,
     }
 
 
@@ -294,18 +301,20 @@ def _pushed(project: Project, rung: Rung, receipt: Receipt | None) -> dict[str, 
     """What the last push sent, and whether it is what lies here now. A receipt of another repo is no push of this one."""
     if receipt is None or receipt.repo != rung.plan.repo:
         return None
+    ladder = read_result(project.store.ladder_receipt, LadderReceipt)
     card = project.store.variant(rung.id) / "README.md"
     sent = {f.path: f.sha256 for f in receipt.files}
     weights = bool(rung.manifest) and receipt.weights_hash == rung.manifest.weights_hash  # type: ignore[union-attr]
     return {
         "commit": receipt.commit,
         "at": receipt.pushed_at,
+        "waiting": any(e.id == rung.id and e.waiting for e in ladder.repos) if ladder else False,  # to become public
         "weights_current": weights,
         "card_current": card.is_file() and sent.get("README.md") == sha256_file(card),
     }
 
 
-def status_text(seen: Survey, remotes: Mapping[str, RemoteState]) -> str:
+def status_text(seen: Survey, remotes: Mapping[str, RemoteState], base: BaseDrift | None = None) -> str:
     rows = []
     notes = []
     for r in seen.rungs.values():
@@ -315,15 +324,25 @@ def status_text(seen: Survey, remotes: Mapping[str, RemoteState]) -> str:
         )
         if remotes:
             notes += [f"{r.id}: {d.removeprefix(f'{r.id}: ')}" for d in row["remote"]["differences"]]
+            notes += _moved(row)
+    notes += [base.text] if base else []
     headers = ("variant", "state", "why", "pushed", *(["remote"] if remotes else []))
     return "\n".join([table(headers, rows), *notes])
+
+
+def _moved(row: Mapping[str, Any]) -> list[str]:
+    """Of a repo whose head is not the commit that was pushed, whatever that commit changed."""
+    head, pushed = row["remote"]["commit"], (row["pushed"] or {}).get("commit")
+    if not head or not pushed or head == pushed:
+        return []
+    return [f"{row['id']}: the head is {head[:8]}, not {pushed[:8]} that was pushed last"]
 
 
 def _state_word(row: Mapping[str, Any]) -> str:
     if row["smoke_failed"]:
         return "failed"
     if row["current"]:
-        return "built"
+        return "pruned" if row["pruned"] else "built"
     return "stale" if row["built"] else "not built"
 
 
@@ -333,6 +352,8 @@ def _why(row: Mapping[str, Any]) -> str:
     if not row["built"]:
         return ""
     stale = row["stale"]
+    if row["pruned"] and row["current"]:
+        return f"weights are in {row['pruned']}"
     if stale["weights"]:
         return f"weights: {'; '.join(stale['weights'])}"
     steps = {**stale, "quality": row["quality"]}
@@ -344,7 +365,8 @@ def _pushed_word(pushed: Mapping[str, Any] | None) -> str:
         return "no"
     if not pushed["weights_current"]:
         return f"other weights ({pushed['commit'][:8]})"
-    return f"{pushed['commit'][:8]}" if pushed["card_current"] else f"older card ({pushed['commit'][:8]})"
+    waits = ", private until all are good" if pushed["waiting"] else ""
+    return (f"{pushed['commit'][:8]}" if pushed["card_current"] else f"older card ({pushed['commit'][:8]})") + waits
 
 
 def _remote_word(row: Mapping[str, Any]) -> str:
@@ -448,7 +470,7 @@ def card_diffs(project: Project, texts: Mapping[str, str], figures: Mapping[str,
     out = {}
     for id, text in texts.items():
         path = project.store.variant(id) / "README.md"
-        old = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        old = path.read_bytes().decode(errors="replace") if path.is_file() else ""
         if old != text:
             name = f"{id}/README.md"
             diff = difflib.unified_diff(
@@ -611,6 +633,8 @@ def push_json(plans: Sequence[PushPlan]) -> dict[str, Any]:
                 "foreign": [{"path": f.path, "what": f.what, "diff": f.diff} for f in p.foreign],
                 "strays": list(p.strays),
                 "refused": p.refusal,
+                "told": list(p.told),
+                "copied": {c.path: f"{c.repo or p.repo}/{c.source}" for c in p.copies},
                 "bytes_to_send": p.bytes_to_send,
             }
             for p in plans
@@ -644,12 +668,14 @@ def _push_lines(p: PushPlan) -> Iterable[str]:
         "add": [f.path for f in p.add],
         "update": [f.path for f in p.update],
         "delete": p.delete,
+        "copied by the hub": [c.path for c in p.copies],
         "not from here, kept": p.kept,
         "weights not from here": p.strays,
     }
     for what, paths in named.items():
         if paths:
             yield f"{p.id}: {what}: {_names(paths)}"
+    yield from (_visible(f"{p.id}: {line}") for line in p.told)
     for f in p.foreign:
         yield _visible(f"{p.id}: {f.path} {f.what}" + ("; would be replaced" if p.target.overwrite else ""))
         yield from (f"    {_visible(line)}" for line in f.diff.splitlines())
@@ -674,16 +700,31 @@ def _visible(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in text)
 
 
-def receipts_json(receipts: Sequence[Receipt]) -> dict[str, Any]:
-    return {"receipts": [r.model_dump(mode="json") for r in receipts]}
+def released_json(done: Released) -> dict[str, Any]:
+    return {
+        "receipts": [r.model_dump(mode="json") for r in done.receipts],
+        "failed": {id: str(e).splitlines()[0] for id, e in done.failed.items()},
+        "published": done.published,
+        "waiting": done.waiting,
+        "collections": done.collections,
+        "freed": done.freed,
+    }
 
 
-def receipts_text(receipts: Sequence[Receipt], endpoint: str) -> str:
-    rows = [
-        (r.id, f"{endpoint}/{r.repo}", r.commit[:12], f"PR {r.pull_request}" if r.pull_request else (r.tag or ""))
-        for r in receipts
-    ]
-    return table(("variant", "repo", "commit", "tag"), rows)
+def released_text(done: Released, endpoint: str) -> str:
+    rows = []
+    for r in done.receipts:
+        tag = f"PR {r.pull_request}" if r.pull_request else (r.tag or "")
+        waits = "private, waits" if r.id in done.waiting else ""
+        rows.append((r.id, f"{endpoint}/{r.repo}", r.commit[:12], tag, waits))
+    lines = [table(("variant", "repo", "commit", "tag", ""), rows)] if rows else []
+    lines += [f"collection {endpoint}/collections/{slug}" for slug in done.collections]
+    if done.freed:
+        lines.append(f"pruned {size(sum(done.freed.values()))} of weights: {', '.join(done.freed)}")
+    if done.waiting:
+        ids = " ".join(done.waiting)
+        lines.append(f"private until all repos of a push are good: {ids}; the same command goes on")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- calibrate

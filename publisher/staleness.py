@@ -9,7 +9,8 @@ from .schema import Bench, BuildInputs, Manifest, Quality, RuleInput, Smoke
 
 @dataclass(frozen=True)
 class State:
-    """Reasons by step; an empty list means current. failed: the smoke test ran on these bytes and said no.
+    """Reasons by step; an empty list means current. failed: the smoke test ran on these bytes and said no. pruned: where
+    the hub holds the weights that were deleted here.
 
     quality is a step of its own (`publish eval`), which a build does not wait for: it does not count for `built`.
     """
@@ -21,6 +22,7 @@ class State:
     quality: list[str] = field(default_factory=list)
     card: list[str] = field(default_factory=list)
     failed: str | None = None
+    pruned: str | None = None
 
     @property
     def built(self) -> bool:
@@ -34,7 +36,11 @@ def weights_reasons(manifest: Manifest | None, now: BuildInputs | None, unknown:
         return [unknown or "not built"]
     if now is None:
         return [unknown or "imatrix: not downloaded yet"]
-    old = manifest.inputs
+    return input_reasons(manifest.inputs, now)
+
+
+def input_reasons(old: BuildInputs, now: BuildInputs) -> list[str]:
+    """What differs between the inputs of two builds, as far as weights depend on it."""
     reasons = []
     reasons += _base_reasons(old, now)
     if old.assignment != now.assignment:

@@ -6,6 +6,8 @@ out/teacher/<key>/               what BF16 says over a corpus, for `publish eval
 out/statistics/<key>/            what `publish calibrate` collected: statistics.json, layer-*.safetensors, imatrix.gguf
 out/baselines.json               names of the foreign models that were measured
 out/receipts/<ID>.json           what was pushed
+out/receipts/ladder.json         the release: every repo, and the collection
+out/history/<ID>.json            the releases of a variant, oldest first
 out/base.json                    content hashes of the base's tensors, kept while its files' size and time stay
 out/staging/<ID>-<inputs>/       a build under way
 """
@@ -30,17 +32,20 @@ from inference.errors import InputError
 
 Model = TypeVar("Model", bound=BaseModel)
 PART = ".part"  # of a file that is being written
+MANIFEST_BYTES = 50 << 20  # of one that is not ours: in a repo, in a folder that was downloaded
 # no variant can have such an id
 RESERVED = (
     "results",
     "receipts",
+    "history",
     "staging",
     "headers",
     "teacher",
     "statistics",
     "base.json",
     "baselines.json",
-)  # no variant can have such an id
+    "ladder",  # receipts/ladder.json
+)
 
 
 class Store:
@@ -61,8 +66,15 @@ class Store:
     def receipt(self, id: str) -> Path:
         return self.root / "receipts" / f"{id}.json"
 
+    @property
+    def ladder_receipt(self) -> Path:
+        return self.root / "receipts" / "ladder.json"
+
     def staging(self, id: str, key: str) -> Path:
         return self.root / "staging" / f"{id}-{key[:16]}"
+
+    def history(self, id: str) -> Path:
+        return self.root / "history" / f"{id}.json"
 
     @property
     def base(self) -> Path:
@@ -156,7 +168,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_model(path: Path, model: BaseModel) -> None:
-    write_text(path, json.dumps(model.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, model_text(model))
+
+
+def model_text(model: BaseModel) -> str:
+    return json.dumps(model.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_model(path: Path, kind: type[Model]) -> Model | None:

@@ -30,6 +30,7 @@ from .protocol import (
     quality_settings,
     smoke_settings,
 )
+from .prune import Pruned, described, pruned
 from .schema import BaseInput, Bench, BuildInputs, ImatrixInput, Manifest, Quality, Smoke
 from .staleness import State, bench_reasons, quality_reasons, smoke_reasons, weights_reasons
 from .store import read_model, read_result
@@ -127,8 +128,9 @@ def _rung(project: Project, base: ResolvedBase, id: str, read: bool, frozen: boo
         bench = bench if bench and bench.weights_hash == manifest.weights_hash else None
         quality = read_quality(project, manifest.weights_hash)
     weights = weights_reasons(manifest, inputs, missing)
+    gone = pruned(project, manifest) if manifest else None
     if manifest and not weights:
-        weights = damage(project.store.variant(id), manifest)
+        weights = damage(project.store.variant(id), manifest, gone)
     base_hash = manifest.inputs.base.source_hash if manifest else ""
     state = State(
         id,
@@ -142,6 +144,7 @@ def _rung(project: Project, base: ResolvedBase, id: str, read: bool, frozen: boo
         quality=quality_state(project, quality, base_hash) if not weights else ["weights are stale"],
         card=[] if manifest else ["not rendered"],
         failed=failure(smoke),
+        pruned=gone.where if gone else None,
     )
     return Rung(id, plan, inputs, manifest, smoke, bench, state, quality)
 
@@ -179,9 +182,14 @@ def quality_state(project: Project, quality: Quality | None, base_hash: str) -> 
     return quality_reasons(quality, QUALITY_VERSION, quality_settings(project), base_hash, calibration_hash(project))
 
 
-def damage(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with a built folder at a glance: files and sizes, headers, index, config. `verify` reads every byte."""
+def damage(folder: Path, manifest: Manifest, gone: Pruned | None) -> list[str]:
+    """What is wrong with a built folder at a glance: files and sizes, headers, index, config. `verify` reads every byte.
+
+    gone: weights that were pruned, which is no damage.
+    """
     for entry in manifest.files:
+        if gone and entry.path in gone.files:
+            continue
         try:
             found = (folder / entry.path).stat().st_size
         except OSError:
@@ -189,7 +197,10 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
         if found != entry.size:
             return [f"its folder is damaged: {entry.path} has {found} bytes, not {entry.size}"]
     try:
-        read_checkpoint(folder)
+        if gone:
+            described(folder, manifest)
+        else:
+            read_checkpoint(folder)
     except CheckpointError as e:
         return [f"its folder is damaged: {e}"]
     return []
@@ -234,8 +245,10 @@ def base_input(
 
 
 def _cards(project: Project, base: ResolvedBase, rungs: dict[str, Rung]) -> list[tuple[Rung, list[str]]]:
+    from . import provenance  # noqa: PLC0415
     from .card import figure, gather, render  # noqa: PLC0415 - jinja2 only where cards are looked at
     from .card_figure import faults  # noqa: PLC0415
+    from .card_notes import read_card  # noqa: PLC0415
 
     templates = card_templates(project)
     facts = gather(project, base.folder)
@@ -244,15 +257,19 @@ def _cards(project: Project, base: ResolvedBase, rungs: dict[str, Rung]) -> list
         reasons = list(rung.state.card)
         if rung.manifest:
             path = project.store.variant(id) / "README.md"
-            text = path.read_text(encoding="utf-8") if path.is_file() else None
+            text, notes = read_card(path), facts.variant(id).notes
             if facts.variant(id).error:
                 reasons = ["weights are stale"]
+            elif notes and notes.fault:
+                reasons = [notes.fault]
             elif text is None:
                 reasons = ["not rendered"]
             elif text != render(facts, id, templates):
                 reasons = ["differs from what would be rendered"]
             else:
-                reasons = faults(project.store.variant(id), figure(facts, id))
+                folder = project.store.variant(id)
+                reasons = faults(folder, figure(facts, id))
+                reasons += provenance.faults(folder, provenance.expected(project, rung.manifest))
         out.append((rung, reasons))
     return out
 

@@ -12,7 +12,10 @@ from inference.errors import InputError
 from inference.generate import Sampling, chat, generate
 from inference.load import Model, load
 
+from .prune import require_weights
 from .report import Report
+from .schema import Manifest
+from .store import read_model
 from .variants import load_project
 
 GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -29,6 +32,9 @@ def find_folder(file: Path, name: str) -> Path:
     folder = project.store.variant(id)
     if not (folder / "config.json").is_file():
         raise InputError(f"{id}: not built; run: publish build {id}")
+    manifest = read_model(project.store.manifest(id), Manifest)
+    if manifest:
+        require_weights(project, manifest)
     return folder
 
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from inference.checkpoint import AFFINE_BITS
 from inference.errors import InputError
+from inference.strict import read_file
 from quant.allocate import Floor
 from quant.builtin import BUILTIN
 from quant.recipe import Recipe, Rule
@@ -28,6 +29,8 @@ from .store import RESERVED, Store, read_model
 
 MAX_YAML_BYTES = 1_000_000
 MAX_DEPTH = 32
+MAX_NODES = 50_000  # keys, values and entries; PyYAML takes about 30 µs and 500 bytes for each. A large ladder has 1000
+MAX_NUMBER = 100  # characters of a number or date: `1:1:1:…` is one in base 60, and quadratic to read
 BY_BITS = ("smoke_kld", "kld_ceiling")  # keys whose own keys are numbers
 
 
@@ -80,6 +83,12 @@ class Project:
             return own
         name = self.ladder.repo.format(base=self.base_name.split("/")[-1], id=id)
         return f"{self.ladder.owner}/{name}" if self.ladder.owner else name
+
+    @property
+    def private_storage(self) -> int | None:
+        """Bytes that the owner's private repos may hold together, where the file says."""
+        given = self.ladder.private_storage
+        return int(parse_size(given).value) if given else None
 
     def solver(self, id: str) -> str:
         """How a variant's codes are chosen: its own, the file's, or the recipe's word."""
@@ -201,6 +210,13 @@ def to_rule(spec: RuleSpec) -> Rule:
     )  # fmt: skip
 
 
+def to_spec(rule: Rule) -> RuleSpec:
+    """The inverse of `to_rule`."""
+    value = {k: getattr(rule, k) for k in RuleSpec.model_fields}
+    layers = rule.layers
+    return RuleSpec.model_validate(value | {"layers": list(layers) if isinstance(layers, tuple) else layers})
+
+
 def _extend(parent: Recipe, name: str, own: RecipeSpec) -> Recipe:
     return Recipe(
         name,
@@ -215,18 +231,14 @@ def _extend(parent: Recipe, name: str, own: RecipeSpec) -> Recipe:
 
 def load_project(path: Path) -> Project:
     """Read and check variants.yaml, its recipes and the files it names. Raises InputError."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; `publish init BASE` writes one")
+    data = read_file(path, MAX_YAML_BYTES)
     try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise InputError(f"{path.name}: larger than {MAX_YAML_BYTES} bytes")
-        data = path.read_bytes()
         text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; `publish init BASE` writes one") from None
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
         raise InputError(f"{path.name}:{line}: found byte {e.object[e.start]:#x}; expected UTF-8") from None
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from None
     value, lines = parse_yaml(text, path.name)
     try:
         ladder = Ladder.model_validate(value)
@@ -251,6 +263,8 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[tuple[Any, ...], int]]:
     except yaml.MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else 1
         raise InputError(f"{name}:{line}: not YAML: {e.problem}") from None
+    except RecursionError:
+        raise InputError(f"{name}: nested too deep") from None
     except yaml.reader.ReaderError as e:
         line = text[: e.position].count("\n") + 1
         raise InputError(f"{name}:{line}: not YAML: found the control character {e.character:#x}") from None
@@ -263,7 +277,7 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[tuple[Any, ...], int]]:
 class _Loader(yaml.SafeLoader):
     """Refuses, before anything is expanded, what makes a small file large: aliases and deep nesting."""
 
-    depth = 0
+    depth = nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -273,12 +287,16 @@ class _Loader(yaml.SafeLoader):
             )
         if self.depth > MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark)
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_NODES} keys and values", problem_mark=event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
 
+NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 _constructor = yaml.constructor.SafeConstructor()
 
 
@@ -291,7 +309,7 @@ def _build(node: yaml.Node, path: tuple[Any, ...], lines: dict[tuple[Any, ...], 
             key = _build(key_node, (*path, "?"), {}, name)
             at = key_node.start_mark.line + 1
             if not isinstance(key, str) and not (type(key) is int and path and path[-1] in BY_BITS):
-                raise InputError(f"{name}:{at}: key {key!r} is a {type(key).__name__}; put it in quotes")
+                raise InputError(f"{name}:{at}: key {_short(key)} is a {type(key).__name__}; put it in quotes")
             if key in out:
                 first = lines[(*path, key)]
                 raise InputError(f"{name}:{at}: {key!r} appears twice; first on line {first}")
@@ -300,10 +318,14 @@ def _build(node: yaml.Node, path: tuple[Any, ...], lines: dict[tuple[Any, ...], 
         return out
     if isinstance(node, yaml.SequenceNode):
         return [_build(n, (*path, i), lines, name) for i, n in enumerate(node.value)]
+    if len(node.value) > MAX_NUMBER and node.tag in NUMBERS:
+        raise InputError(f"{name}:{line}: found {_short(node.value)}, a number of {len(node.value)} characters")
     try:
         return _constructor.construct_object(node)
     except ValueError as e:
         raise InputError(f"{name}:{line}: {e}") from None
+    except (LookupError, AttributeError, TypeError, ArithmeticError):  # a tag that does not fit, as in `!!bool perhaps`
+        raise InputError(f"{name}:{line}: found {_short(str(node.value))}, which is no {node.tag[-40:]}") from None
 
 
 def explain(error: ValidationError, lines: dict[tuple[Any, ...], int], name: str, model: Any = Ladder) -> str:
@@ -322,7 +344,7 @@ def explain(error: ValidationError, lines: dict[tuple[Any, ...], int], name: str
         return f"{name}:{line}: {where}: {first['loc'][-1]} is missing"
     expected = " or ".join(dict.fromkeys(_expected(e) for e in same))
     found = first["input"]
-    if "7" in str(found) and keys and keys[-1] == "bits":
+    if "7" in _short(found) and keys and keys[-1] == "bits":
         expected += " (MLX stores no 7-bit weights)"
     return f"{name}:{line}: {where}: found {_short(found)}; expected {expected}"
 
@@ -350,7 +372,10 @@ def _expected(error: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "…"
 
 

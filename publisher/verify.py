@@ -8,14 +8,15 @@ size, times and inode stay (push asks for them again).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from inference.checkpoint import (
+    INDEX,
     CheckpointError,
     QuantSpec,
     TensorInfo,
@@ -25,14 +26,20 @@ from inference.checkpoint import (
     read_json,
     read_quantization,
 )
-from quant.folder import INDEX, weights_hash
+from quant.folder import weights_hash
 from quant.shards import MTP_FILE
 
+from .prune import Pruned, described
 from .schema import Check, Manifest
 
 READ_BYTES = 8 << 20
 HASHERS = 4  # threads; one hashes about 1 GB/s, twice over
 PARTS = (".weight", ".scales", ".biases")
+SIGNATURE = "model.sig"  # `publisher.signing`
+PROVENANCE = re.compile(  # `publisher.provenance`
+    r"provenance/(variants\.yaml|lock\.json|variants\.allocations/[\w.\-]+\.yaml|results/(build|smoke|bench|quality)\.json)",
+    re.ASCII,
+)
 
 _hashes: dict[tuple[str, tuple[int, ...]], tuple[str, dict[str, str]]] = {}
 
@@ -85,17 +92,22 @@ def _feed(f: Any, nbytes: int, *hashers: Any) -> int:
     return nbytes - left
 
 
-def verify_folder(folder: Path, manifest: Manifest) -> list[Check]:
-    """One check a property; the detail names the first offender. Raises nothing about the folder's content."""
-    shards, headers_fault = _headers(folder, manifest)
+def verify_folder(folder: Path, manifest: Manifest, pruned: Pruned | None = None) -> list[Check]:
+    """One check a property; the detail names the first offender. Raises nothing about the folder's content.
+
+    pruned: files that are not here on purpose. Their tensors count as the manifest says, and a check that is neither passed
+    nor failed says so.
+    """
+    gone = pruned.files if pruned else {}
+    shards, headers_fault = _headers(folder, manifest, gone)
     with ThreadPoolExecutor(HASHERS) as pool:
         list(pool.map(_hash, shards.keys(), shards.values()))
     checks = [
-        _files(folder, manifest, shards),
+        _files(folder, manifest, shards, gone),
         _no_others(folder, manifest),
-        _check("shards", headers_fault, f"{len(shards)} safetensors files parse"),
-        _check("second reader", _second_reader(shards), "the safetensors library finds the same tensors"),
-        _index(folder),
+        check_of("shards", headers_fault, f"{len(shards)} safetensors files parse"),
+        check_of("second reader", _second_reader(shards), "the safetensors library finds the same tensors"),
+        _index(folder) if pruned is None else _index_alone(folder, manifest),
     ]
     config: dict[str, Any] = {}
     spec: QuantSpec | None = None
@@ -105,33 +117,43 @@ def verify_folder(folder: Path, manifest: Manifest) -> list[Check]:
         spec, modules = read_quantization(config)
         if ("quantization" in config) != ("quantization_config" in config):
             raise CheckpointError("config.json: quantization and quantization_config must both be there or neither")
-        checks.append(_check("config", "", f"{len(modules)} modules have a format"))
+        checks.append(check_of("config", "", f"{len(modules)} modules have a format"))
     except CheckpointError as e:
-        checks.append(_check("config", str(e), ""))
+        checks.append(check_of("config", str(e)))
     found = {t.name: t for tensors in shards.values() for t in tensors}
     hashes = {name: sha for path, tensors in shards.items() for name, sha in _hash(path, tensors)[1].items()}
+    if pruned:
+        detail = f"pruned: {len(gone)} files, proven to be in {pruned.where}; publish build brings them back"
+        checks.insert(1, Check(name="weights", passed=None, detail=detail))
+        with suppress(CheckpointError):  # told by `_index_alone`
+            missing = {n: t for n, t in described(folder, manifest).tensors.items() if t.file.name in gone}
+            found = {**missing, **found}
+            hashes = {t.name: t.sha256 for t in manifest.tensors if t.name in missing} | hashes
     checks.append(_tensors(manifest, found, hashes))
     rows = [(t.name, t.dtype, t.shape, hashes[t.name]) for t in found.values()]
     actual = weights_hash(rows, config.get("quantization"))
     wrong = (
         "" if actual == manifest.weights_hash else f"found {actual[:12]}, manifest says {manifest.weights_hash[:12]}"
     )
-    checks.append(_check("weights hash", wrong, actual[:12]))
-    checks.append(_check("packed weights", _packing(found, modules), "shapes fit bits, group size and mode"))
-    checks.append(_check("module formats", _entries(found, spec, modules), "an entry for each packed module, no other"))
+    checks.append(check_of("weights hash", wrong, actual[:12]))
+    checks.append(check_of("packed weights", _packing(found, modules), "shapes fit bits, group size and mode"))
+    checks.append(
+        check_of("module formats", _entries(found, spec, modules), "an entry for each packed module, no other")
+    )
     return checks
 
 
-def _check(name: str, fault: str, good: str) -> Check:
+def check_of(name: str, fault: str, good: str = "") -> Check:
+    """A check that failed if there is a fault, which is then its detail."""
     return Check(name=name, passed=not fault, detail=fault or good)
 
 
-def _headers(folder: Path, manifest: Manifest) -> tuple[dict[Path, list[TensorInfo]], str]:
+def _headers(folder: Path, manifest: Manifest, gone: Container[str]) -> tuple[dict[Path, list[TensorInfo]], str]:
     """Tensors by shard of the manifest, and the first fault."""
     found: dict[Path, list[TensorInfo]] = {}
     fault = ""
     for entry in manifest.files:
-        if entry.path.endswith(".safetensors") and is_plain(entry.path):
+        if entry.path.endswith(".safetensors") and is_plain(entry.path) and entry.path not in gone:
             try:
                 found[folder / entry.path] = read_header(folder / entry.path)[0]
             except CheckpointError as e:
@@ -141,6 +163,8 @@ def _headers(folder: Path, manifest: Manifest) -> tuple[dict[Path, list[TensorIn
 
 def _second_reader(shards: dict[Path, list[TensorInfo]]) -> str:
     """The first shard that the format's own library does not read as `read_header` does. Maps files, reads no weights."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - `status` needs it for nothing
+
     for path, tensors in shards.items():
         ours = {t.name: (t.dtype, t.shape) for t in tensors}
         try:
@@ -154,37 +178,46 @@ def _second_reader(shards: dict[Path, list[TensorInfo]]) -> str:
     return ""
 
 
-def _files(folder: Path, manifest: Manifest, shards: dict[Path, list[TensorInfo]]) -> Check:
-    for entry in manifest.files:
+def _files(folder: Path, manifest: Manifest, shards: dict[Path, list[TensorInfo]], gone: Container[str]) -> Check:
+    here = [entry for entry in manifest.files if entry.path not in gone]
+    for entry in here:
         path = folder / entry.path
         if not is_plain(entry.path):
-            return _check("files", f"{entry.path!r} leads out of the folder", "")
+            return check_of("files", f"{entry.path!r} leads out of the folder")
         try:
             size = path.stat().st_size
             if path.is_symlink() or not path.is_file():
-                return _check("files", f"{entry.path} is no regular file", "")
+                return check_of("files", f"{entry.path} is no regular file")
             if size != entry.size:
-                return _check("files", f"{entry.path} has {size} bytes, manifest says {entry.size}", "")
+                return check_of("files", f"{entry.path} has {size} bytes, manifest says {entry.size}")
             sha = _hash(path, shards.get(path, ()))[0]
         except OSError as e:
-            return _check("files", f"{entry.path}: {e.strerror}", "")
+            return check_of("files", f"{entry.path}: {e.strerror}")
         if sha != entry.sha256:
-            return _check("files", f"{entry.path} has sha256 {sha[:12]}, manifest says {entry.sha256[:12]}", "")
-    return _check("files", "", f"{len(manifest.files)} files, sizes and sha256 as in the manifest")
+            return check_of("files", f"{entry.path} has sha256 {sha[:12]}, manifest says {entry.sha256[:12]}")
+    return check_of("files", "", f"{len(here)} files, sizes and sha256 as in the manifest")
+
+
+def beside_manifest(path: str) -> bool:
+    """Whether a file of a variant's folder is one that the manifest does not list: itself, the card with its images, the
+    provenance, the signature."""
+    if path in ("manifest.json", "README.md", SIGNATURE) or PROVENANCE.fullmatch(path):
+        return True
+    return path.startswith("images/") and path.count("/") == 1
 
 
 def stray_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Files below the folder that are neither in the manifest nor the manifest, the card or an image of it."""
-    known = {f.path for f in manifest.files} | {"manifest.json", "README.md"}
+    """Files below the folder that are neither in the manifest nor may stand beside it."""
+    known = {f.path for f in manifest.files}
     found = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir()]
-    return [p for p in found if p not in known and not (p.startswith("images/") and p.count("/") == 1)]
+    return [p for p in found if p not in known and not beside_manifest(p)]
 
 
 def _no_others(folder: Path, manifest: Manifest) -> Check:
     strays = stray_files(folder, manifest)
     weights = [p for p in strays if p.endswith(".safetensors")]
     first = next(iter(weights or strays), "")
-    return _check("no other files", f"{first} is not in the manifest" if first else "", "none")
+    return check_of("no other files", f"{first} is not in the manifest" if first else "", "none")
 
 
 def _index(folder: Path) -> Check:
@@ -198,23 +231,37 @@ def _index(folder: Path) -> Check:
         if not checkpoint.mlx:
             raise CheckpointError("the shards do not declare `format: mlx`")
     except CheckpointError as e:
-        return _check("index", str(e), "")
-    return _check("index", "", f"{len(checkpoint.tensors)} tensors")
+        return check_of("index", str(e))
+    return check_of("index", "", f"{len(checkpoint.tensors)} tensors")
+
+
+def _index_alone(folder: Path, manifest: Manifest) -> Check:
+    """The index against the manifest, where shards are pruned."""
+    try:
+        described(folder, manifest)
+        if (folder / INDEX).is_file():
+            names = {t.name for t in manifest.tensors}
+            other = sorted(set(read_json(folder / INDEX)["weight_map"]) - names)
+            if other:
+                raise CheckpointError(f"{INDEX}: {other[0]} is not in the manifest")
+    except CheckpointError as e:
+        return check_of("index", str(e))
+    return check_of("index", "", f"{len(manifest.tensors)} tensors")
 
 
 def _tensors(manifest: Manifest, found: dict[str, TensorInfo], hashes: dict[str, str]) -> Check:
     listed = {t.name: t for t in manifest.tensors}
     for name in sorted(listed.keys() | found.keys()):
         if name not in found:
-            return _check("tensors", f"{name} is in no shard", "")
+            return check_of("tensors", f"{name} is in no shard")
         if name not in listed:
-            return _check("tensors", f"{name} is not in the manifest", "")
+            return check_of("tensors", f"{name} is not in the manifest")
         want, have = listed[name], found[name]
         if (want.dtype, want.shape) != (have.dtype, list(have.shape)):
-            return _check("tensors", f"{name} is {have.dtype} {list(have.shape)}, not {want.dtype} {want.shape}", "")
+            return check_of("tensors", f"{name} is {have.dtype} {list(have.shape)}, not {want.dtype} {want.shape}")
         if want.sha256 != hashes[name]:
-            return _check("tensors", f"{name} has sha256 {hashes[name][:12]}, manifest says {want.sha256[:12]}", "")
-    return _check("tensors", "", f"{len(listed)} tensors, bytes as in the manifest")
+            return check_of("tensors", f"{name} has sha256 {hashes[name][:12]}, manifest says {want.sha256[:12]}")
+    return check_of("tensors", "", f"{len(listed)} tensors, bytes as in the manifest")
 
 
 def _packing(found: dict[str, TensorInfo], modules: dict[str, QuantSpec | None]) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 from inference.errors import InputError
 from inference.families import family_of, names_of
 
+from .gguf_file import read_gguf
 from .statistics import Statistics
 
 # Tokens counted for one matrix. Published files stay below 1e8; float32 counts lose single tokens past 1.7e7.
@@ -76,9 +76,10 @@ def read_imatrix(path: Path, config: dict[str, Any]) -> Imatrix:
     Raises InputError, naming the file and the tensor, if the file is no imatrix, was made from another model, lacks a
     class of tensors, or holds counts or sums that cannot be.
     """
-    fields, tensors = _read_gguf(path)
+    fields, tensors = read_gguf(path, (".in_sum2", ".counts"))
     if fields.get("general.type") != "imatrix":
-        raise InputError(f"{path.name}: general.type is {fields.get('general.type')!r}, expected 'imatrix'")
+        raise InputError(f"{path.name}: general.type is {str(fields.get('general.type'))[:60]!r}, expected 'imatrix'")
+    datasets, chunks, chunk_size = _origin(path, fields)
     family = importlib.import_module(f"quant.{family_of(config)}")
     names = names_of(config)
     cfg = names.read_config(config)
@@ -107,11 +108,19 @@ def read_imatrix(path: Path, config: dict[str, Any]) -> Imatrix:
     if not importance:
         raise InputError(f"{path.name}: none of its {len(stems)} matrices belongs to this model, e.g. {stems[0]}")
     missing = _missing(path, family.IMATRIX_NAMES, family.LAYERS, shapes, importance)
-    datasets = fields.get("imatrix.datasets") or ()
-    return Imatrix(
-        importance, counts, _sha256(path), tuple(map(str, datasets)),
-        fields.get("imatrix.chunk_count"), fields.get("imatrix.chunk_size"), missing,
-    )  # fmt: skip
+    return Imatrix(importance, counts, _sha256(path), datasets, chunks, chunk_size, missing)
+
+
+def _origin(path: Path, fields: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None, int | None]:
+    """What a file says of how it was made: texts, chunks, tokens a chunk."""
+    datasets = fields.get("imatrix.datasets", [])
+    if not isinstance(datasets, list) or not all(isinstance(d, str) for d in datasets):
+        raise InputError(f"{path.name}: imatrix.datasets: found {str(datasets)[:60]}, expected strings")
+    numbers = [fields.get(f"imatrix.{key}") for key in ("chunk_count", "chunk_size")]
+    for key, value in zip(("chunk_count", "chunk_size"), numbers, strict=True):
+        if value is not None and type(value) is not int:
+            raise InputError(f"{path.name}: imatrix.{key}: found {str(value)[:60]}, expected a number")
+    return tuple(datasets), numbers[0], numbers[1]
 
 
 def untile(vector: np.ndarray, r: int, key_heads: int) -> np.ndarray:
@@ -188,28 +197,6 @@ def gguf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
             if e.layered and len(e.modules) == 1 and shape is not None:
                 out[f"blk.{i}.{e.gguf}.weight"] = (shape[0] if len(shape) == 3 else 1, shape[-1])
     return out
-
-
-def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Key/value fields and float32 tensors [nmat, K], copied out of the file."""
-    from gguf import GGMLQuantizationType, GGUFReader  # noqa: PLC0415 - half a second to import
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        reader = GGUFReader(path)
-        fields = {k: f.contents() for k, f in reader.fields.items() if k.startswith(("general.", "imatrix."))}
-        tensors = {}
-        for t in reader.tensors:
-            if t.tensor_type != GGMLQuantizationType.F32 and t.name.endswith((".in_sum2", ".counts")):
-                raise InputError(f"{path.name}: {t.name}: type {t.tensor_type.name}, expected F32")
-            if t.name.endswith((".in_sum2", ".counts")):
-                tensors[t.name] = np.array(t.data, np.float32).reshape(-1, int(t.shape[0]))
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error, OSError, MemoryError) as e:
-        raise InputError(
-            f"{path.name}: no readable GGUF file ({str(e).splitlines()[0][:120] if str(e) else type(e).__name__})"
-        ) from None
-    return fields, tensors
 
 
 def _mtp_layers(config: dict[str, Any]) -> int:

@@ -99,7 +99,9 @@ def test_a_changed_reason_changes_one_card_and_nothing_else(ladder, publish):
     assert {id: set(why) for id, why in stale(publish, ladder).items() if why} == {"Q4_K_XL": {"card"}}
     before = snapshot(ladder)
     publish("build", "--all", cwd=ladder).ok()
-    assert changed(before, snapshot(ladder)) == {"build/Q4_K_XL/README.md"}
+    assert changed(before, snapshot(ladder)) == {
+        f"build/Q4_K_XL/{n}" for n in ("README.md", "provenance/variants.yaml")
+    }
     assert "the output deserves it" in (ladder / "build/Q4_K_XL/README.md").read_text()
 
 
@@ -375,7 +377,7 @@ def timeless(folder: Path) -> dict[str, object]:
     out: dict[str, object] = {}
     for path in sorted(p for p in (folder / "build").rglob("*") if p.is_file()):
         name = path.relative_to(folder / "build").as_posix()
-        if name.startswith("results/"):
+        if name.startswith("results/") or "/provenance/results/" in name:
             out[name] = {k: v for k, v in json.loads(path.read_text()).items() if k not in CLOCKS}
         elif name.endswith("README.md"):
             text = re.sub(r"(?ms)^## (All Variants|Speed of This Variant)$.*?(?=^## )", "", path.read_text())

@@ -70,7 +70,7 @@ def test_every_kind_of_error_has_its_exit_code():
         (("plan", "--file", "other.yaml"), 2, "other.yaml: no such file"),
         (("init", "./model"), 2, "variants.yaml: exists already; give --force"),
         (("status", "--remote"), 1, "cannot be reached"),
-        (("push", "Q4_K_XL", "--yes"), 1, "cannot be reached"),
+        (("push", "Q4_K_XL", "--yes"), 5, "needs a token with write access"),
         (("verify", "Q4_K_XL"), 0, ""),
         (("card", "--check"), 0, ""),
     ],
@@ -265,7 +265,7 @@ def test_a_ladder_is_pushed_once_and_a_second_push_sends_nothing(ladder, publish
 def test_after_an_edit_one_push_changes_one_repo_and_the_cards_of_the_others_follow(ladder, publish, hub, online):
     publish("push", "--all", "--yes", cwd=ladder, env=online).ok()
     edit(ladder, Q4, '  Q4_K_XL: {bits: 4, rules: [{match: "*.mlp.down_proj", bits: 8, awq: true}]}')
-    publish("build", "--all", cwd=ladder).ok()
+    publish("build", "--all", cwd=ladder, env=online).ok()
     rows = {
         r["id"]: r
         for r in json.loads(publish("status", "--remote", "--json", cwd=ladder, env=online).ok().out)["variants"]

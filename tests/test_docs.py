@@ -94,7 +94,7 @@ def test_scripts_named_anywhere_exist():
             assert (ROOT / name).is_file(), f"{page.name}: {name}"
 
 
-@pytest.mark.parametrize("name", ["setup", "demo", "test", "parity"])
+@pytest.mark.parametrize("name", ["setup", "demo", "test", "parity", "browser", "clients"])
 def test_scripts_are_posix_shell(name: str):
     path = ROOT / f"scripts/{name}.sh"
     assert path.read_text(encoding="utf-8").startswith("#!/bin/sh\n")
@@ -105,7 +105,7 @@ def test_the_workflow_only_calls_the_checks_script():
     steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"].values()
     commands = [step["run"] for job in steps for step in job["steps"] if "run" in step]
     assert commands
-    assert all(re.fullmatch(r"bash \.ci/run( (lint|test|demo|parity))+", c) for c in commands), commands
+    assert all(re.fullmatch(r"bash \.ci/run( (lint|test|browser|demo|parity|clients))+", c) for c in commands), commands
     assert (ROOT / ".ci/run").stat().st_mode & 0o100
 
 
@@ -141,6 +141,7 @@ SECTIONS = {
     "EvaluationSpec": "evaluation",
     "CardSpec": "card",
     "CollectionSpec": "collection",
+    "SignSpec": "sign",
     "Lock": "variants.lock",
 }
 
@@ -199,7 +200,13 @@ def test_documented_defaults_are_those_of_the_schema(model: type[BaseModel]):
         "Teacher",
         "Continuations",
         "Baseline",
+        "Provenance",
+        "ProvenanceBase",
+        "ProvenanceImatrix",
         "Receipt",
+        "History",
+        "Release",
+        "ReleaseQuality",
     ],
 )
 def test_every_key_of_the_other_files_is_documented(name: str):

@@ -169,3 +169,13 @@ def test_every_reason_is_told_at_once(project, folder):
     (folder / "README.md").unlink()
     write_smoke(project, "Q4", manifest(project).weights_hash, passed=False)
     assert len(gate(project, "Q4")) == 3
+
+
+def test_a_path_of_a_machine_in_the_provenance_is_refused(project, folder):
+    (folder / "provenance").mkdir()
+    (folder / "provenance/variants.yaml").write_text("# why: see /home/somebody/notes.txt\n")
+    only(
+        gate(project, "Q4"),
+        "variants.yaml: path of a machine '/home/somebody/notes.txt'",
+        "take it out of variants.yaml",
+    )

@@ -15,8 +15,19 @@ OURS = {"inference": set(), "quant": {"inference"}, "publisher": {"inference", "
 
 # top module → the files that may import it; a folder stands for all below it
 LIBRARIES = {
-    "huggingface_hub": ("publisher/hub.py", "publisher/hub_client.py", "publisher/hub_errors.py"),
-    "httpx2": ("publisher/hub_client.py", "publisher/hub_errors.py"),
+    "huggingface_hub": (
+        "publisher/hub.py",
+        "publisher/hub_client.py",
+        "publisher/hub_errors.py",
+        "publisher/hub_pulls.py",
+    ),
+    "httpx2": (
+        "publisher/hub_client.py",
+        "publisher/hub_bounds.py",
+        "publisher/hub_errors.py",
+        "publisher/hub_watch.py",
+    ),
+    "httpcore2": ("publisher/hub_watch.py",),
     "safetensors": ("publisher/verify.py",),
     "gguf": ("quant/imatrix.py",),
     "mlx": ("inference/backend.py",),
@@ -34,11 +45,24 @@ LIBRARIES = {
     "rich": ("publisher/show.py", "publisher/report.py"),
     "yaml": ("publisher",),
     "pydantic": ("publisher",),
-    "jinja2": ("publisher", "inference/tokenizer.py"),
+    "jinja2": ("publisher", "inference/tokenizer.py", "inference/sandbox.py"),
     "starlette": ("publisher/localhub",),
     "uvicorn": ("publisher/localhub",),
+    "lz4": ("publisher/localhub/xet_format.py",),
+    "blake3": ("publisher/localhub/xet_format.py",),
+    "markdown_it": ("publisher/localhub/pages_card.py", "publisher/card_links.py"),
+    "mdit_py_plugins": ("publisher/localhub/pages_card.py",),
+    "nh3": ("publisher/localhub/pages_card.py",),
+    "markupsafe": ("publisher/localhub/pages.py",),
+    "model_signing": ("publisher/signing.py",),
+    "cryptography": ("publisher/signing.py",),
+    "OpenSSL": ("publisher/signing.py",),
 }
-DISTRIBUTION = {"yaml": "pyyaml"}  # where the name on PyPI is another
+# where the name on PyPI is another
+DISTRIBUTION = {
+    "yaml": "pyyaml", "markdown_it": "markdown-it-py", "mdit_py_plugins": "mdit-py-plugins",
+    "model_signing": "model-signing", "OpenSSL": "pyopenssl",
+}  # fmt: skip
 # what `plan` and `status` import: none of it may import MLX, not even inside a function that they call
 LIGHT = {
     "publisher": (
@@ -110,7 +134,8 @@ def test_each_library_stays_in_its_place(path):
 def test_every_library_is_used_and_declared():
     used = {m.partition(".")[0] for p in FILES for m in imports(p)}
     assert set(LIBRARIES) <= used
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["signing"]]
     for module in LIBRARIES:
         assert any(d.startswith(DISTRIBUTION.get(module, module)) for d in declared), module
 

@@ -299,7 +299,7 @@ def test_a_private_repo_is_absent_to_strangers(hub):
         with pytest.raises(RepositoryNotFoundError):
             download(hub, "config.json", token=token)
     assert api(hub, READ).model_info(REPO).private
-    assert raw(hub, "GET", f"/{REPO}", token=None).status_code == 401
+    assert raw(hub, "GET", f"/{REPO}", token=None).status_code == 404
 
 
 def test_a_read_token_and_a_foreign_namespace_cannot_write(hub):
@@ -329,7 +329,7 @@ def test_a_token_sent_to_the_blob_store_is_refused_and_counted(hub):
     assert hub.stats.leaks == 1
     hub.stats.reset()
     assert httpx2.get(location.split("?")[0]).status_code == 403
-    assert httpx2.get(location.replace("localhost", "127.0.0.1")).status_code == 401
+    assert httpx2.get(location.replace("localhost", "127.0.0.1")).status_code == 404
 
 
 # -- pull requests, tags, collections -------------------------------------------------------------------------
@@ -501,7 +501,7 @@ def test_faults_are_parsed_and_checked(hub):
     parsed = Fault.parse("lfs_put:status:nth=2:status=429:retry_after=1")
     assert parsed == Fault("lfs_put", "status", nth=2, status=429, retry_after=1)
     for text in ("commit:explode", "commit:status:colour=red", "commit:delay:seconds=x"):
-        with pytest.raises(ValueError, match=r"explode|colour|float"):
+        with pytest.raises(ValueError, match=r"explode|colour|number"):
             Fault.parse(text)
     with pytest.raises(ValueError, match="must be one of"):
         hub.faults.add(Fault("comit", "delay"))
@@ -592,17 +592,15 @@ def test_pages_escape_what_was_pushed(hub):
     script = {"file": {"path": "README.md", "content": "<script>alert(1)</script>"}}
     assert commit_lines(hub, script).status_code == 200
     page = raw(hub, "GET", f"/{REPO}", token=None)
-    assert "not the Hugging Face Hub" in page.text
-    assert "alert(1)" in page.text
+    assert "not huggingface.co" in page.text
+    assert "alert(1)" not in page.text
     assert "<script>" not in page.text
     assert "<b>.txt" not in page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert REPO in raw(hub, "GET", "/", token=None).text
 
 
-def test_xet_is_refused_and_telemetry_is_harmless(hub):
-    api(hub).create_repo(REPO)
-    assert raw(hub, "GET", f"/api/models/{REPO}/xet-write-token/main").status_code == 404
+def test_telemetry_is_harmless(hub):
     assert raw(hub, "GET", "/api/agent-harnesses").json() == {"standardEnvVars": [], "harnesses": {}}
     assert raw(hub, "HEAD", "/api/telemetry/x/y").status_code == 200
 

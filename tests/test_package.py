@@ -39,6 +39,8 @@ def test_the_wheel_holds_every_module_template_and_text(wheel: Path) -> None:
                 assert path.relative_to(ROOT).as_posix() in held
     for path in (ROOT / "templates").rglob("*.j2"):
         assert f"publisher/templates/{path.relative_to(ROOT / 'templates').as_posix()}" in held
+    for path in (ROOT / "publisher/localhub/html").iterdir():
+        assert f"publisher/localhub/html/{path.name}" in held
     assert not [n for n in held if n.startswith(("tests/", "examples/", "benchmarks/"))]
 
 

@@ -31,6 +31,7 @@ from inference.errors import (
 )
 from publisher import fetch
 from publisher.hub import Hub, cached_snapshot, check_disk, download_base, download_file, download_size, remote_headers
+from publisher.hub_watch import Limits
 from publisher.localhub import Fault, LocalHub
 from publisher.push import execute, plan_push, remote_state, verify_remote
 from publisher.schema import Receipt
@@ -186,22 +187,6 @@ def test_a_private_repo_is_created_private_and_the_setting_is_left_alone_later(s
         connect(server, STRANGER).resolve_commit(REPO, "main")
 
 
-def test_the_collection_lists_every_variant_with_its_note(server, project):
-    make_variant(project, "Q8", seed=3)
-    push(server, project)
-    push(server, project, "Q8")
-    push(server, project)
-    client = api(server)
-    found = client.get_collection(next(iter(client.list_collections(owner="acme"))).slug)
-    assert (found.title, found.description) == ("Tiny ladder", "All rungs")
-    assert [(i.item_id, i.note) for i in found.items] == [(REPO, "the middle"), ("acme/Tiny-1B-UD-Q8-mlx", None)]
-    path = project.path
-    path.write_text(path.read_text().replace("the middle", "another note"))
-    push(server, make_project(path.parent, path.read_text()))
-    found = client.get_collection(found.slug)
-    assert [i.note for i in found.items] == ["another note", None]
-
-
 # -- other people ---------------------------------------------------------------------------------------------
 
 
@@ -338,7 +323,6 @@ def test_if_nothing_can_be_known_after_the_commit_it_is_said(server, project):
         ("repo_create", 500),
         ("tree", 504),
         ("tag", 503),
-        ("collections", 500),
         ("auth_check", 429),
     ],
 )
@@ -369,7 +353,7 @@ def test_a_wait_that_is_too_long_is_not_waited(server, project):
 
 def test_a_silent_hub_ends_in_an_error(server, project):
     server.faults.add(Fault("whoami", "delay", seconds=2, times=9))
-    hub = connect(server, patience_s=0.3, answer_s=0.2)
+    hub = connect(server, patience_s=0.3, limits=Limits(answer_s=0.2))
     with pytest.raises(HubUnavailable, match="does not answer"):
         execute(hub, project, plan_push(hub, project, "Q4"))
 

@@ -180,7 +180,7 @@ def test_a_packed_weight_without_scales_is_found(project):
 def test_a_shard_that_only_our_reader_takes_is_found(project, folder):
     data = shard(folder).read_bytes()
     length = int.from_bytes(data[:8], "little")
-    header = data[8 : 8 + length].decode().replace('{"format": "mlx"}', '{"format": "mlx", "by": "\\ud800"}').encode()
+    header = data[8 : 8 + length].replace(b'"data_offsets": [0,', b'"data_offsets": [-0,')
     header += b" " * (-len(header) % 8)
     shard(folder).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
     seal(project, "Q4")
@@ -238,3 +238,46 @@ def test_each_shard_is_read_once(folder, monkeypatch):
     assert failures(folder) == {}
     assert verify.sha256_of(shard(folder))
     assert len(reads) == before
+
+
+# ------------------------------------------------------------------------------------------------ folders and what may lie there
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "provenance/lock.json", "provenance/variants.yaml", "provenance/variants.allocations/Q4.yaml",
+        "provenance/results/quality.json", "images/kld.png", "model.sig",
+    ],
+)  # fmt: skip
+def test_what_may_stand_beside_the_manifest_is_no_stray(name, folder):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("x")
+    assert failures(folder) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["provenance/results/other.json", "provenance/model.safetensors", "provenance/a/lock.json", "x/model.sig"]
+)
+def test_a_name_like_that_elsewhere_is_a_stray(name, folder):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("x")
+    assert failures(folder)["no other files"] == f"{name} is not in the manifest"
+
+
+def test_a_downloaded_folder_is_verified_without_a_ladder(folder, tmp_path, publish):
+    copy = shutil.copytree(folder, tmp_path / "downloaded")
+    (copy / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (copy / ".cache/huggingface").mkdir(parents=True)
+    (copy / ".cache/huggingface/notes").write_text("x")
+    (copy / "theirs.txt").write_text("x")
+    found = json.loads(publish("verify", "./downloaded", "--json", cwd=tmp_path).ok().out)["./downloaded"]
+    assert next(c for c in found if c["name"] == "no other files")["detail"] == "not ours: theirs.txt"
+    assert "a folder is on no hub" in publish("verify", "./downloaded", "--remote", cwd=tmp_path).refused(2)
+    shutil.copy(shard(copy), copy / "model-00003-of-00003.safetensors")
+    told = publish("verify", str(copy), cwd=tmp_path).refused(1)
+    assert "no other files: model-00003-of-00003.safetensors is not in the manifest" in told
+
+
+def test_a_folder_without_a_manifest_is_taken_for_a_variant(project, publish):
+    assert "no variant './base'" in publish("verify", "./base", cwd=project.folder).refused(2)

@@ -140,7 +140,7 @@ def seal(project: Project, id: str, rows: list[tuple[str, str, list[int], str]] 
     files = [
         FileEntry(path=p.name, size=p.stat().st_size, sha256=sha256_file(p))
         for p in sorted(folder.iterdir())
-        if p.is_file() and p.name not in ("README.md", "manifest.json")
+        if p.is_file() and p.name not in ("README.md", "manifest.json", "model.sig")
     ]
     inputs = {
         "base": {"name": "Tiny-1B", "commit": None, "source_hash": SHA, "files_hash": ""}, "recipe": "unsloth", "bits": 4,

@@ -74,7 +74,11 @@ def read_config(config: dict[str, Any]) -> Config:
     kinds = text.get("layer_types") or [
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
     ]
-    if len(kinds) != layers or set(kinds) - {"linear_attention", "full_attention"}:
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or any(kind not in ("linear_attention", "full_attention") for kind in kinds)
+    ):
         raise CheckpointError(
             "config.json: text_config.layer_types must name linear_attention or full_attention a layer"
         )
@@ -104,7 +108,7 @@ def read_config(config: dict[str, Any]) -> Config:
     experts = number("num_experts", 0, 0)
     head_dim = number("head_dim")
     dtype = text.get("dtype") or config.get("torch_dtype") or config.get("dtype") or "bfloat16"
-    if dtype not in CONFIG_DTYPES:
+    if not isinstance(dtype, str) or dtype not in CONFIG_DTYPES:
         raise CheckpointError(f"config.json: dtype {dtype!r}: expected one of {', '.join(CONFIG_DTYPES)}")
     cfg = Config(
         model_type=config["model_type"],

@@ -1,7 +1,7 @@
-"""The built-in hub: a real HTTP server that the unmodified `huggingface_hub` client can push to and pull from.
+"""The built-in hub: a real HTTP server that unmodified clients of the Hub can push to and pull from, with LFS or Xet.
 
-For rehearsals (`publish hub`), the demo and the tests of `push`. Files on disk, no accounts, loopback only, no Xet.
-It knows nothing of the rest of the project.
+For rehearsals (`publish hub`), the demo and the tests of `push`. Files on disk, no accounts, loopback only. It knows
+nothing of the rest of the project. docs/hub.md says what it does and what it does not.
 """
 
 from publisher.localhub.faults import Fault, Faults, Stats

@@ -16,6 +16,7 @@ from publisher.localhub.web import Call, HubError, field
 TITLE_CHARS = 60  # the Hub's limits
 DESCRIPTION_CHARS = 150
 NOTE_CHARS = 500
+PAGE = 100
 TYPES = {"model": "models", "dataset": "datasets", "space": "spaces", "paper": None, "collection": None}
 
 
@@ -44,18 +45,24 @@ async def create(call: Call) -> Response:
 async def listed(call: Call) -> Response:
     """GET /api/collections?owner=&item=models/NS/NAME&limit=. Without `position`: the client counts itself."""
     query = call.request.query_params
-    owner, item = query.get("owner"), query.get("item")
+    owners, item = query.getlist("owner"), query.get("item")
     found = [
         _shown(collection)
         for collection in _all(call.hub.store)
         if _may_read(call, collection)
-        and owner in (None, collection["owner"])
+        and (not owners or collection["owner"] in owners)
         and (item is None or item in [f"{i['type']}s/{i['id']}" for i in collection["items"]])
     ]
     found.sort(key=lambda collection: collection["lastUpdated"], reverse=True)
-    limit = query.get("limit", "100")
-    found = found[: int(limit) if limit.isdecimal() and len(limit) < 5 else 100]
-    return JSONResponse([{k: v for k, v in collection.items() if k != "position"} for collection in found])
+    found, headers = call.page(found, PAGE)
+    return JSONResponse(
+        [{k: v for k, v in collection.items() if k != "position"} for collection in found], headers=headers
+    )
+
+
+def readable(call: Call) -> list[dict[str, Any]]:
+    """Every collection that the caller may read, as the API shows it."""
+    return [_shown(collection) for collection in _all(call.hub.store) if _may_read(call, collection)]
 
 
 async def get(call: Call) -> Response:

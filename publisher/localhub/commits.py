@@ -6,8 +6,6 @@ has not changed). `commit` takes newline-delimited JSON: a header, then one oper
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -16,7 +14,7 @@ from publisher.localhub import discussions, frontmatter
 from publisher.localhub.attributes import REGULAR_BYTES, cover, is_ignored, upload_mode
 from publisher.localhub.repos import repo_url
 from publisher.localhub.store import COMMIT_ID, PR_REF, SHA256, Commit, File, Repo, Store, Tree
-from publisher.localhub.web import Call, HubError, User, field, parse_object, path_in_repo
+from publisher.localhub.web import Call, HubError, User, decoded, field, parse_object, path_in_repo
 
 COMMIT_BYTES = 256 << 20  # of one commit's body; its regular files come in it as base64
 COMMIT_OPERATIONS = 25_000  # the Hub's advice is to stay far below this
@@ -27,9 +25,9 @@ CONFLICT = "A commit has happened since. Please refresh and try again."
 async def preupload(call: Call) -> Response:
     repo = call.repo()
     commit = call.commit(repo)
-    _need_push_right(call, repo, _wants_pr(call))
+    need_push_right(call, repo, wants_pr(call))
     body = await call.json()
-    gitattributes = _text(call.hub.store, commit.tree, ".gitattributes")
+    gitattributes = field(body, "gitAttributes", str, default=_text(call.hub.store, commit.tree, ".gitattributes"))
     gitignore = field(body, "gitIgnore", str, default=_text(call.hub.store, commit.tree, ".gitignore"))
     files = field(body, "files", list)
     if len(files) > PREUPLOAD_FILES:
@@ -39,7 +37,7 @@ async def preupload(call: Call) -> Response:
         if not isinstance(item, dict):
             raise HubError(400, "a file must be a JSON object")
         path = path_in_repo(field(item, "path", str))
-        sample = _decode(field(item, "sample", str, default=""), "base64")
+        sample = decoded(field(item, "sample", str, default=""), "base64")
         mode = upload_mode(path, field(item, "size", int), sample, gitattributes)
         answer = {"path": path, "uploadMode": mode, "shouldIgnore": is_ignored(path, gitignore)}
         if path in commit.tree:
@@ -50,7 +48,7 @@ async def preupload(call: Call) -> Response:
 
 async def commit(call: Call) -> Response:
     repo = call.repo()
-    user = _need_push_right(call, repo, _wants_pr(call))
+    user = need_push_right(call, repo, wants_pr(call))
     raw = await call.body(COMMIT_BYTES)
     # Read the repository again: others were served while the body came in. From here to the save nothing awaits.
     repo = call.repo()
@@ -69,7 +67,7 @@ async def commit(call: Call) -> Response:
     message = field(header, "description", str, default="")
     if not title.strip() or len(title) > 1000 or len(message) > 64_000:
         raise HubError(400, '"summary" must have 1 to 1000 characters, "description" at most 64000')
-    if not _wants_pr(call):
+    if not wants_pr(call):
         _need_open_ref(repo, rev)
     elif rev not in repo.heads:
         raise HubError(400, "a pull request must be based on a branch")
@@ -78,7 +76,7 @@ async def commit(call: Call) -> Response:
     new = call.hub.store.add_commit(repo, head.oid, tree, title, message, user.name)
     url = repo_url(call, repo.kind, repo.id)
     answer = {"success": True, "commitUrl": f"{url}/commit/{new.oid}", "commitOid": new.oid, "hookOutput": ""}
-    if _wants_pr(call):
+    if wants_pr(call):
         opened = discussions.open_pull(repo, title, message, user.name, base=rev, base_oid=head.oid, status="open")
         discussions.pushed(opened, new)
         answer["pullRequestUrl"] = f"{url}/discussions/{opened['num']}"
@@ -96,7 +94,7 @@ def apply(store: Store, old: Tree, operations: list[tuple[str, dict[str, Any]]])
             field(value, "path", str).rstrip("/") if kind == "deletedFolder" else field(value, "path", str)
         )
         if kind == "file":
-            data = _decode(field(value, "content", str), field(value, "encoding", str, default="utf-8"))
+            data = decoded(field(value, "content", str), field(value, "encoding", str, default="utf-8"))
             if len(data) > REGULAR_BYTES:
                 raise HubError(400, f"{path}: larger than {REGULAR_BYTES} bytes, must be uploaded as LFS")
             tree[path] = store.add_blob(data)
@@ -159,17 +157,6 @@ def _parse(raw: bytes) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]
     return items[0][1], items[1:]
 
 
-def _decode(text: str, encoding: str) -> bytes:
-    try:
-        if encoding == "base64":
-            return base64.b64decode(text, validate=True)
-        if encoding == "utf-8":
-            return text.encode()
-    except (binascii.Error, ValueError) as e:
-        raise HubError(400, f"content is not {encoding}") from e
-    raise HubError(400, '"encoding" must be base64 or utf-8')
-
-
 def _text(store: Store, tree: Tree, path: str) -> str:
     file = tree.get(path)
     if file is None or file.sha256:
@@ -177,11 +164,11 @@ def _text(store: Store, tree: Tree, path: str) -> str:
     return store.path_of(file).read_bytes().decode("utf-8", "replace")
 
 
-def _wants_pr(call: Call) -> bool:
+def wants_pr(call: Call) -> bool:
     return call.request.query_params.get("create_pr", "") in ("1", "true", "True")
 
 
-def _need_push_right(call: Call, repo: Repo, create_pr: bool) -> User:
+def need_push_right(call: Call, repo: Repo, create_pr: bool) -> User:
     """Anyone with a write token may open a pull request and push to their own; a branch needs its namespace."""
     user = call.need_role()
     pull = discussions.pull_of(repo, call.args["rev"])

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from publisher.localhub.store import PR_REF, Commit, Repo, Store, Tree, now
-from publisher.localhub.web import Call, HubError, field
+from publisher.localhub.web import JSON_BYTES, Call, HubError, field, parse_object
 
 TITLE_CHARS = (3, 200)
 TEXT_CHARS = 64_000
@@ -86,6 +86,8 @@ async def status(call: Call) -> Response:
 
 async def merge(call: Call) -> Response:
     """POST .../discussions/N/merge: one commit on the base branch with what the pull request changed."""
+    raw = await call.body(JSON_BYTES)
+    body = parse_object(raw, "body") if raw.strip() else {}
     repo, pull = _find(call)
     user = call.need_write(repo.namespace)
     if not pull["isPullRequest"] or pull["status"] not in ("open", "draft"):
@@ -103,6 +105,8 @@ async def merge(call: Call) -> Response:
     new = call.hub.store.add_commit(repo, base.oid, tree, title, "", user.name)
     repo.heads[pull["base"]] = new.oid
     pull["mergeCommitId"] = new.oid
+    if body.get("comment"):
+        _comment(pull, user.name, _text(body, "comment"))
     _change_status(pull, user.name, "merged")
     call.hub.store.save(repo)
     return JSONResponse({"mergeCommitId": new.oid})

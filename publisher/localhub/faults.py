@@ -3,24 +3,31 @@
 A fault names a route (see `app.ROUTES`), which request of that route it hits, and what happens. Kinds:
 
     lose_answer  the request is carried out in full, then the connection is dropped without a byte of answer
-    status       the body is read, nothing is done, `status` is answered (`retry_after`: that header, in seconds)
+    status       the body is read, nothing is done, `status` is answered (`retry_after`: that header, in seconds;
+                 `retry_date`: the same as a date so many seconds from now; `text`: an HTML page with it, not JSON)
     delay        `seconds` pass first, then all is well
+    trickle      the answer comes byte by byte, one every `seconds`
+    redirect     nothing is done; the client is sent to the same path on the blob store's origin
     cut          the connection is dropped once `after_bytes` of body went either way
     corrupt      one byte of the answer's body is wrong; its length is right
     stale_head   commit only: somebody else's commit lands on the branch just before this one
+    old_head     repo_info only: answered as if the last commit of the branch were not there yet
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from email.utils import formatdate
 
-from starlette.responses import JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-KINDS = ("lose_answer", "status", "delay", "cut", "corrupt", "stale_head")
+KINDS = ("lose_answer", "status", "delay", "trickle", "redirect", "cut", "corrupt", "stale_head", "old_head")
+ONLY = {"stale_head": "commit", "old_head": "repo_info"}  # kinds that one route knows
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,15 @@ class Fault:
     seconds: float = 1.0
     after_bytes: int = 0
     retry_after: int | None = None
+    retry_date: int | None = None
+    text: str = ""
     match: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"fault kind {self.kind!r}: must be one of {', '.join(KINDS)}")
-        if self.kind == "stale_head" and self.route != "commit":
-            raise ValueError("fault kind stale_head: for the route commit only")
+        if self.route != ONLY.get(self.kind, self.route):
+            raise ValueError(f"fault kind {self.kind}: for the route {ONLY[self.kind]} only")
 
     @classmethod
     def parse(cls, text: str) -> Fault:
@@ -52,13 +61,16 @@ class Fault:
         route, _, rest = text.partition(":")
         kind, *pairs = rest.split(":")
         types = {"nth": int, "times": int, "status": int, "seconds": float, "after_bytes": int}
-        types |= {"retry_after": int, "match": str}
+        types |= {"retry_after": int, "retry_date": int, "text": str, "match": str}
         options = {}
         for pair in pairs:
             key, _, value = pair.partition("=")
             if key not in types:
                 raise ValueError(f"fault {text!r}: unknown option {key!r}")
-            options[key] = types[key](value)
+            try:
+                options[key] = types[key](value)
+            except ValueError:
+                raise ValueError(f"fault {text!r}: {key} must be a number, found {value!r}") from None
         return cls(route, kind, **options)
 
 
@@ -131,9 +143,13 @@ async def suffer(fault: Fault, app: ASGIApp, scope: Scope, receive: Receive, sen
         await app(scope, receive, send)
     elif fault.kind == "status":
         await _drain(receive)
-        headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-        answer = JSONResponse({"error": f"fault: {fault.status}"}, fault.status, headers)
-        await answer(scope, receive, send)
+        await _refusal(fault)(scope, receive, send)
+    elif fault.kind == "trickle":
+        await app(scope, receive, _trickling(send, fault.seconds))
+    elif fault.kind == "redirect":
+        await _drain(receive)
+        host = dict(scope["headers"])[b"host"].decode("latin-1").replace("127.0.0.1", "localhost")
+        await RedirectResponse(f"http://{host}{scope['raw_path'].decode('latin-1')}")(scope, receive, send)
     elif fault.kind == "lose_answer":
         await app(scope, receive, _swallow)
         await _hang_up(scope, receive)
@@ -142,8 +158,17 @@ async def suffer(fault: Fault, app: ASGIApp, scope: Scope, receive: Receive, sen
     elif fault.kind == "corrupt":
         await app(scope, receive, _corrupting(send))
     else:
-        scope["localhub.stale_head"] = True
+        scope[f"localhub.{fault.kind}"] = True
         await app(scope, receive, send)
+
+
+def _refusal(fault: Fault) -> Response:
+    headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+    if fault.retry_date is not None:
+        headers["Retry-After"] = formatdate(time.time() + fault.retry_date, usegmt=True)
+    if fault.text:
+        return HTMLResponse(f"<html><body>{fault.text}</body></html>", fault.status, headers)
+    return JSONResponse({"error": f"fault: {fault.status}"}, fault.status, headers)
 
 
 async def _cut(after_bytes: int, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -175,6 +200,18 @@ async def _cut(after_bytes: int, app: ASGIApp, scope: Scope, receive: Receive, s
 
     await app(scope, cut_receive, cut_send)
     await _hang_up(scope, receive)
+
+
+def _trickling(send: Send, seconds: float) -> Send:
+    async def trickle(message: Message) -> None:
+        body, more = message.get("body", b""), message.get("more_body", False)
+        for i in range(len(body)):
+            await send({**message, "body": body[i : i + 1], "more_body": more or i + 1 < len(body)})
+            await asyncio.sleep(seconds)
+        if not body:
+            await send(message)
+
+    return trickle
 
 
 def _corrupting(send: Send) -> Send:

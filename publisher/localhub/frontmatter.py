@@ -26,6 +26,8 @@ STRINGS = (
     "thumbnail",
 )
 STRING_LISTS = ("language", "tags", "base_model", "datasets", "metrics", "new_version")
+# what PyYAML raises for a tag that its text does not fit, such as `!!bool perhaps`
+UNFIT = (ArithmeticError, AttributeError, LookupError, TypeError)
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -42,7 +44,7 @@ def read(readme: str) -> tuple[dict[str, Any], list[str], list[str]]:
         if hostile:
             return {}, [hostile], []
         data = _plain(yaml.safe_load(block[1]))
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError, *UNFIT) as e:
         problem = getattr(e, "problem", None) or "cannot be read"
         mark = getattr(e, "problem_mark", None)
         where = f" (line {mark.line + 2})" if mark else ""

@@ -12,17 +12,20 @@ import math
 import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from publisher.localhub.store import SHA256
+from publisher.localhub import xet
+from publisher.localhub.store import KINDS, SHA256, Commit, File, Repo, pointer
 from publisher.localhub.web import Call, HubError, field
 
 FILE_BYTES = 500 << 30  # the Hub's hard limit for one file
 BATCH_FILES = 1000
+XET_INFO = "application/vnd.xet-fileinfo+json"  # a client that wants to be told of Xet instead of redirected
 COPY_BYTES = 1 << 20
 
 
@@ -37,11 +40,15 @@ async def batch(call: Call) -> Response:
     if len(objects) > BATCH_FILES:
         raise HubError(413, f"more than {BATCH_FILES} objects")
     transfers = field(body, "transfers", list, default=["basic"])
-    answers = [_plan(call, item, "multipart" in transfers) for item in objects]
-    return JSONResponse({"transfer": "basic", "objects": answers}, media_type="application/vnd.git-lfs+json")
+    transfer = next(kind for kind in ("xet", "multipart", "basic") if kind == "basic" or kind in transfers)
+    if call.hub.xet is None and transfer == "xet":
+        transfer = "multipart" if "multipart" in transfers else "basic"
+    answers = [_plan(call, item, transfer) for item in objects]
+    named = "xet" if transfer == "xet" else "basic"
+    return JSONResponse({"transfer": named, "objects": answers}, media_type="application/vnd.git-lfs+json")
 
 
-def _plan(call: Call, item: Any, multipart: bool) -> dict[str, Any]:
+def _plan(call: Call, item: Any, transfer: str) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise HubError(400, "an object must be a JSON object")
     oid, size = field(item, "oid", str), field(item, "size", int)
@@ -53,12 +60,20 @@ def _plan(call: Call, item: Any, multipart: bool) -> dict[str, Any]:
         if stored.size != size:
             return answer | {"error": {"code": 422, "message": f"stored with {stored.size} bytes"}}
         return answer
-    verify = f"{call.hub.hub_origin}/{_prefix(call)}{call.repo_id}.git/info/lfs/verify"
-    if multipart and size > call.hub.multipart_bytes:
+    if transfer == "xet":
+        return answer | {"actions": {"upload": _xet(call)}}
+    if transfer == "multipart" and size > call.hub.multipart_bytes:
         upload = _open_multipart(call, oid, size)
     else:
         upload = {"href": call.sign("PUT", call.hub.blob_origin, f"/lfs/{oid}", size)}
+    verify = f"{call.hub.hub_origin}/{_prefix(call)}{call.repo_id}.git/info/lfs/verify"
     return answer | {"actions": {"upload": upload, "verify": {"href": verify}}}
+
+
+def _xet(call: Call) -> dict[str, Any]:
+    """Where to get a token for Xet, and the first one."""
+    href = f"{call.hub.hub_origin}/api/{call.kind}/{call.repo_id}/xet-write-token/main"
+    return {"href": href, "header": xet.token_headers(call, "write")}
 
 
 def _prefix(call: Call) -> str:
@@ -90,7 +105,7 @@ async def put(call: Call) -> Response:
     call.check_signature()
     temp = call.hub.store.temp()
     try:
-        digest = await _save(call, temp)
+        digest = await call.save(temp)
         if digest != call.args["oid"]:
             raise HubError(400, f"BadDigest: sha256 is {digest}, announced {call.args['oid']}")
         call.hub.store.keep_lfs(temp, digest)
@@ -107,27 +122,11 @@ async def put_part(call: Call) -> Response:
         raise HubError(404, "NoSuchUpload")
     temp = call.hub.store.temp()
     try:
-        digest = await _save(call, temp)
+        digest = await call.save(temp)
         temp.replace(folder / call.args["part"])
     finally:
         temp.unlink(missing_ok=True)
     return Response(status_code=200, headers={"ETag": f'"{digest}"'})
-
-
-async def _save(call: Call, path: Path) -> str:
-    """Stream the body to `path`; its sha256. 400 unless it is as long as the signed URL says."""
-    size = int(call.request.query_params["size"])
-    digest, nbytes = hashlib.sha256(), 0
-    with open(path, "wb") as out:
-        async for chunk in call.request.stream():
-            nbytes += len(chunk)
-            if nbytes > size:
-                raise HubError(400, f"EntityTooLarge: more than the {size} bytes announced")
-            digest.update(chunk)
-            out.write(chunk)
-    if nbytes != size:
-        raise HubError(400, f"IncompleteBody: {nbytes} bytes, announced {size}")
-    return digest.hexdigest()
 
 
 async def complete(call: Call) -> Response:
@@ -192,19 +191,65 @@ async def verify(call: Call) -> Response:
     return JSONResponse({"success": True})
 
 
+async def duplicate(call: Call) -> Response:
+    """POST .../lfs-files/duplicate: makes LFS files of this repository known to another, without sending them."""
+    body = await call.json()
+    source = call.repo()
+    target = field(body, "target", dict)
+    kind = field(target, "type", str, default="model") + "s"
+    if kind not in KINDS:
+        raise HubError(400, "invalid repo type")
+    call.repo(kind=kind, repo_id=field(target, "name", str), write=True)
+    held = {
+        file.sha256 for oid in {*source.heads.values(), *source.tags.values()} for file in _files(call, source, oid)
+    }
+    good, failed = [], []
+    for item in field(body, "files", list):
+        sha256 = field(item, "sha256", str) if isinstance(item, dict) else ""
+        if sha256 in held:
+            good.append({"sha256": sha256})
+        else:
+            failed.append({"sha256": sha256, "error": f"{source.id} has no such file"})
+    return JSONResponse({"success": good, "failed": failed})
+
+
+def _files(call: Call, repo: Repo, oid: str) -> Iterable[File]:
+    return call.hub.store.commit(repo, oid).tree.values()
+
+
 async def resolve(call: Call) -> Response:
     """GET or HEAD /R/resolve/REV/PATH: a regular file itself, or where an LFS file is."""
-    repo = call.repo()
-    commit = call.commit(repo)
-    file = commit.tree.get(call.args["path"])
-    if file is None:
-        raise HubError(404, "Entry not found", "EntryNotFound", x_repo_commit=commit.oid)
+    repo, commit, file = _find(call)
     headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
     if file.sha256 is None:
         return _file(call, call.hub.store.path_of(file), file.oid, headers)
     location = call.sign("GET", call.hub.blob_origin, f"/lfs/{file.sha256}")
-    headers |= {"Location": location, "X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
+    headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
+    headers |= xet.file_headers(call, repo, commit.oid, file)
+    if "X-Xet-Hash" in headers and XET_INFO in call.request.headers.get("accept", ""):
+        return JSONResponse({"hash": headers["X-Xet-Hash"], "size": file.size}, headers=headers, media_type=XET_INFO)
+    headers["Location"] = location
     return Response(status_code=302, headers=headers)
+
+
+async def raw(call: Call) -> Response:
+    """GET or HEAD /R/raw/REV/PATH: the file as git has it, which is the pointer for an LFS file."""
+    _, commit, file = _find(call)
+    headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.oid}"'}
+    if file.sha256 is None:
+        return _file(call, call.hub.store.path_of(file), file.oid, headers)
+    return Response(pointer(file.sha256, file.size), headers=headers, media_type="text/plain")
+
+
+def _find(call: Call) -> tuple[Repo, Commit, File]:
+    """The file that the URL names, for one who may download it."""
+    repo = call.repo()
+    call.need_download(repo)
+    commit = call.commit(repo)
+    file = commit.tree.get(call.args["path"])
+    if file is None:
+        raise HubError(404, "Entry not found", "EntryNotFound", x_repo_commit=commit.oid)
+    return repo, commit, file
 
 
 async def get_blob(call: Call) -> Response:

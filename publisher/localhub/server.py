@@ -35,6 +35,7 @@ class LocalHub:
     tokens: token → `ROLE[:USER[,ORG...]]` with ROLE read or write, e.g. {"hf_x": "write:alice,acme"}. Without
     names the user is `local` and every namespace is theirs.
     faults, stats: live; see `faults.py`.
+    xet: offer Xet to clients that have it. Without it, they must be told HF_HUB_DISABLE_XET=1.
 
     Raises ValueError (host not loopback, bad token or fault), FolderInUse, OSError (port taken).
     """
@@ -50,6 +51,7 @@ class LocalHub:
         multipart_bytes: int = MULTIPART_BYTES,
         part_bytes: int = PART_BYTES,
         page_size: int = PAGE_SIZE,
+        xet: bool = True,
     ) -> None:
         if host not in LOOPBACK:
             raise ValueError(f"host {host!r}: the local hub listens on {' or '.join(LOOPBACK)} only")
@@ -62,7 +64,7 @@ class LocalHub:
         except OSError:
             self._store.close()
             raise
-        self._app = HubApp(self._store, users, self.faults, self.stats, multipart_bytes, part_bytes, page_size)
+        self._app = HubApp(self._store, users, self.faults, self.stats, multipart_bytes, part_bytes, page_size, xet)
         self._app.port = self._socket.getsockname()[1]
         self._server = _server(self._app)
         self._thread: threading.Thread | None = None
@@ -113,10 +115,12 @@ def start_in_thread(folder: Path | str, tokens: dict[str, str], faults: Iterable
     return LocalHub(folder, tokens, faults).start()
 
 
-def run(folder: Path, host: str, port: int, tokens: dict[str, str], faults: Iterable[Fault] = ()) -> None:
+def run(
+    folder: Path, host: str, port: int, tokens: dict[str, str], faults: Iterable[Fault] = (), xet: bool = True
+) -> None:
     """Serve until Ctrl-C. Prints one line with the URL when requests can be sent; raises as `LocalHub` does."""
     logging.basicConfig(format="hub: %(message)s", level=logging.WARNING)
-    hub = LocalHub(folder, tokens, faults, host=host, port=port)
+    hub = LocalHub(folder, tokens, faults, host=host, port=port, xet=xet)
     # The socket is bound and listening: a request sent from now on waits for the loop instead of being refused.
     sys.stdout.write(f"local rehearsal hub (not the Hugging Face Hub) at {hub.url} on {folder}\n")
     sys.stdout.flush()

@@ -8,6 +8,7 @@
     FOLDER/repos/KIND/NS/NAME/commits/<id>.json
     FOLDER/repos/KIND/NS/NAME/repo.json    settings, branches, tags, discussions
     FOLDER/collections/<24 hex>.json
+    FOLDER/xet/                            see xet_store.py
 
 Every file is written under `tmp/` and moved into place, and blobs and commits go first: a push becomes visible by
 the one replacement of `repo.json`, so a hub killed at any moment restarts with the push whole or absent. (Killed,
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -120,6 +122,13 @@ class Store:
             self.write(path, secrets.token_bytes(32))
             path.chmod(0o600)
         return path.read_bytes()
+
+    def mac(self, text: str) -> str:
+        """What only this hub can say of a text: its signature of URLs and of Xet tokens."""
+        return hmac.new(self.secret, text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()
+
+    def is_mac(self, text: str, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), self.mac(text).encode())
 
     # -- files ------------------------------------------------------------------------------------------------
 
@@ -237,7 +246,7 @@ class Store:
         return commits
 
     def resolve(self, repo: Repo, rev: str) -> str | None:
-        """Commit id of a branch, tag, full ref, pull request or full commit id."""
+        """Commit id of a branch, tag, full ref, pull request, full commit id, or of HEAD, which is main."""
         if COMMIT_ID.fullmatch(rev):
             return rev if self._commit_path(repo, rev).exists() else None
         pull = PR_REF.fullmatch(rev)
@@ -248,7 +257,7 @@ class Store:
             return repo.heads.get(rev.removeprefix("refs/heads/"))
         if rev.startswith("refs/tags/"):
             return repo.tags.get(rev.removeprefix("refs/tags/"))
-        return repo.heads.get(rev) or repo.tags.get(rev)
+        return repo.heads.get("main" if rev == "HEAD" else rev) or repo.tags.get(rev)
 
     def _commit_path(self, repo: Repo, oid: str) -> Path:
         assert COMMIT_ID.fullmatch(oid)

@@ -7,23 +7,28 @@ from. All input is untrusted: bodies are bounded before they are read, and every
 
 from __future__ import annotations
 
-import hmac
+import base64
+import binascii
+import hashlib
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from publisher.localhub.store import COMMIT_ID, Commit, Repo
+from publisher.localhub.store import COMMIT_ID, Commit, File, Repo
 
 if TYPE_CHECKING:
     from publisher.localhub.app import HubApp
 
 JSON_BYTES = 8 << 20  # largest JSON body: a preupload of 256 files is under 1 MiB
+LIST_PAGE = 1000  # entries in a page of anything but files
 SIGNED_S = 6 * 3600  # life of an upload or download URL; the Hub's are of this order
 T = TypeVar("T")
 
@@ -96,6 +101,37 @@ class Call:
         raw = await self.body(JSON_BYTES)
         return parse_object(raw, "body")
 
+    async def save(self, path: Path, limit: int | None = None) -> str:
+        """Stream the body to a file; its sha256. 400 unless it is as long as the signed URL says, 413 above a limit."""
+        announced = None if limit else int(self.request.query_params["size"])
+        digest, nbytes = hashlib.sha256(), 0
+        with path.open("wb") as out:
+            async for chunk in self.request.stream():
+                nbytes += len(chunk)
+                if limit and nbytes > limit:
+                    raise HubError(413, f"body larger than {limit} bytes")
+                if announced is not None and nbytes > announced:
+                    raise HubError(400, f"EntityTooLarge: more than the {announced} bytes announced")
+                digest.update(chunk)
+                out.write(chunk)
+        if announced is not None and nbytes != announced:
+            raise HubError(400, f"IncompleteBody: {nbytes} bytes, announced {announced}")
+        return digest.hexdigest()
+
+    # -- long lists ---------------------------------------------------------------------------------------------
+
+    def page(self, items: Sequence[T], most: int = LIST_PAGE) -> tuple[list[T], dict[str, str]]:
+        """The part of a list that `?limit=` and `?cursor=` ask for; the Link header says where the next one is."""
+        query = self.request.query_params
+        limit = min(_count(query.get("limit"), most), LIST_PAGE) or most
+        start = _count(query.get("cursor"), 0)
+        if start + limit >= len(items):
+            return list(items[start:]), {}
+        following = [(key, value) for key, value in query.multi_items() if key != "cursor"]
+        raw = self.request.scope["raw_path"].decode("ascii", "replace")
+        url = f"{self.hub.hub_origin}{raw}?{urlencode([*following, ('cursor', str(start + limit))])}"
+        return list(items[start : start + limit]), {"Link": f'<{url}>; rel="next"'}
+
     # -- who may do what --------------------------------------------------------------------------------------
 
     @property
@@ -119,6 +155,12 @@ class Call:
 
     def may_read(self, repo: Repo) -> bool:
         return not repo.private or (self.user is not None and self.user.belongs_to(repo.namespace))
+
+    def need_download(self, repo: Repo) -> None:
+        """A gated repository shows what it has to everyone, and gives it to its own people only."""
+        if repo.gated and not (self.user and self.user.belongs_to(repo.namespace)):
+            message = f"Access to {repo.kind[:-1]} {repo.id} is restricted. You must have access to it."
+            raise HubError(403 if self.user else 401, message, "GatedRepo")
 
     def need_user(self) -> User:
         if self.user is None:
@@ -146,28 +188,35 @@ class Call:
             raise HubError(404, f"Invalid rev id: {rev}", "RevisionNotFound")
         return self.hub.store.commit(repo, oid)
 
+    def xet_hash(self, file: File) -> str | None:
+        """Of an LFS file that a client with Xet can fetch as such."""
+        return self.hub.xet.hash_of(file.sha256) if self.hub.xet and file.sha256 else None
+
     # -- signed URLs: how the blob origin knows a caller it gets no token from ---------------------------------
 
     def sign(self, method: str, origin: str, path: str, size: int | None = None) -> str:
         query = {"exp": str(int(time.time()) + SIGNED_S)}
         if size is not None:
             query["size"] = str(size)
-        query["sig"] = self._signature(method, path, query)
+        query["sig"] = self.hub.store.mac(_signed_text(method, path, query))
         return f"{origin}{path}?{urlencode(query)}"
 
     def check_signature(self) -> None:
         query = dict(self.request.query_params)
         given = query.pop("sig", "")
         method = "GET" if self.request.method == "HEAD" else self.request.method
-        good = self._signature(method, self.request.url.path, query)
-        if not hmac.compare_digest(given.encode(), good.encode()):
+        if not self.hub.store.is_mac(_signed_text(method, self.request.url.path, query), given):
             raise HubError(403, "SignatureDoesNotMatch: this URL was not issued by the hub")
         if int(query["exp"]) < time.time():
             raise HubError(403, "Request has expired: ask the hub for a new URL")
 
-    def _signature(self, method: str, path: str, query: dict[str, str]) -> str:
-        text = "\n".join([method, path, *(f"{key}={query[key]}" for key in sorted(query))])
-        return hmac.new(self.hub.store.secret, text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()
+
+def _count(text: str | None, default: int) -> int:
+    return int(text) if text and text.isdecimal() and len(text) < 10 else default
+
+
+def _signed_text(method: str, path: str, query: dict[str, str]) -> str:
+    return "\n".join([method, path, *(f"{key}={query[key]}" for key in sorted(query))])
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, Any]:
@@ -197,7 +246,19 @@ def field(body: dict[str, Any], key: str, kind: type[T], default: T | None = Non
     return value
 
 
-FREE_TEXT = {"content", "summary", "description", "message", "note", "comment", "sample", "gitIgnore"}
+def decoded(text: str, encoding: str) -> bytes:
+    """A file's content as JSON carries it; 400 for another encoding."""
+    try:
+        if encoding == "base64":
+            return base64.b64decode(text, validate=True)
+        if encoding == "utf-8":
+            return text.encode()
+    except (binascii.Error, ValueError) as e:
+        raise HubError(400, f"content is not {encoding}") from e
+    raise HubError(400, '"encoding" must be base64 or utf-8')
+
+
+FREE_TEXT = {"content", "summary", "description", "message", "note", "comment", "sample", "gitIgnore", "gitAttributes"}
 
 
 def path_in_repo(text: str) -> str:
@@ -218,7 +279,7 @@ def path_in_repo(text: str) -> str:
 def ref_name(text: str, what: str) -> str:
     """A branch or tag name that git would take and that cannot be mistaken for a commit id; 400 otherwise."""
     good = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+/-]{0,199}", text) and not (
-        ".." in text or "//" in text or text.endswith(("/", ".lock", ".")) or text.startswith("refs/")
+        ".." in text or "//" in text or text.endswith(("/", ".lock", ".")) or text.startswith("refs/") or text == "HEAD"
     )
     if not good or COMMIT_ID.fullmatch(text):
         raise HubError(400, f"invalid {what} name: {text[:100]!r}")

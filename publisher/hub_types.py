@@ -1,0 +1,52 @@
+"""What goes to the Hub and comes from it, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repo. sha256: of an LFS file's bytes, else None; blob: git's sha1, of the pointer for LFS; xet: whether
+    its bytes lie in Xet."""
+
+    path: str
+    size: int
+    sha256: str | None
+    blob: str
+    xet: bool = False
+
+    @property
+    def identity(self) -> str:
+        """What changes exactly when the bytes do."""
+        return self.sha256 or self.blob
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a revision holds."""
+
+    commit: str
+    private: bool
+    files: dict[str, RemoteFile]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file to commit. source: bytes for small files, so that what was hashed is what is sent."""
+
+    path: str
+    source: Path | bytes
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A file to commit whose bytes the hub has. repo None: the same one."""
+
+    path: str
+    repo: str | None
+    commit: str
+    source: str

@@ -1,0 +1,67 @@
+"""A sample of `benchmarks/crash.py`: a push that is killed anywhere is finished by the same command, and was never half."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from publisher.localhub import LocalHub
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks/crash.py"
+
+
+@pytest.fixture(scope="module")
+def crash() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("crash", SCRIPT)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["crash"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_push_that_is_killed_anywhere_ends_as_if_it_were_not(tmp_path):
+    out = tmp_path / "crash.json"
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--scenarios", "push", "--every", "130", "--offset", "41", "--random", "1", "--json", out],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (push,) = json.loads(out.read_text())["scenarios"]
+    assert sum(push["kills"].values()) + push["ended_before"] >= 3
+    assert push["kills"]["file"]
+    assert push["failures"] == []
+
+
+def test_a_commit_that_is_not_whole_is_seen(tmp_path, crash):
+    """The judge of all those kills can say no."""
+    with LocalHub(tmp_path / "hub", {crash.TOKEN: "write:demo"}) as hub:
+        api = HfApi(hub.url, crash.TOKEN)
+        api.create_repo("demo/x")
+        before = crash.State({}, crash.remote_state(hub.url))
+        api.create_commit("demo/x", [CommitOperationAdd("model.safetensors", b"x")], commit_message="half")
+        with pytest.raises(AssertionError, match=r"has files, but no manifest\.json"):
+            crash.remote_state(hub.url)
+        manifest = json.dumps({"files": [{"path": "model.safetensors", "size": 1, "sha256": "00"}]}).encode()
+        api.create_repo("demo/z")
+        files = [CommitOperationAdd("manifest.json", manifest), CommitOperationAdd("model.safetensors", b"x")]
+        api.delete_repo("demo/x")
+        api.create_commit("demo/z", files, commit_message="wrong")
+        with pytest.raises(AssertionError, match=r"model\.safetensors is not what its manifest\.json says"):
+            crash.remote_state(hub.url)
+        api.delete_repo("demo/z")
+        after = crash.State({}, crash.remote_state(hub.url))
+        assert crash.differences(before, after)
+        assert crash.unknown_commits(after, before)
+        assert not crash.unknown_commits(before, after)
