@@ -27,7 +27,7 @@ from .card_facts import Facts, gather
 from .card_figure import Figure
 from .card_format import FILTERS
 from .card_metadata import metadata_faults
-from .card_notes import with_notes
+from .card_notes import split, with_notes
 from .card_quality_view import quality_name, quality_view
 from .card_sandbox import TEMPLATE_BYTES, Sandbox
 from .card_view import row_label, view
@@ -133,12 +133,13 @@ def snippets(card: str) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- checking
 
 FORBIDDEN: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("placeholder", re.compile(r"\b(?:TBD|TODO|FIXME)\b|(?<![\w/])N/A(?![\w/])|\bundefined\b|\{\{|\{%")),
+    ("placeholder", re.compile(r"\b(?:TBD|TODO|FIXME)\b|(?<![\w/])N/A(?![\w/])|\bundefined\b")),
     ("placeholder", re.compile(r"\[More Information Needed\]|\blorem ipsum\b|(?<![\w?])\?{3,}", re.I)),
     # where a figure would stand; "None of these" and "holds a NaN" are English
     ("placeholder", re.compile(r"(?<![\w.\-])(?:None(?! of\b)|(?<!\ba )(?:NaN|nan|NAN))(?![\w\-])")),
     ("access token", re.compile(r"\bhf_[A-Za-z0-9]{16,}")),
 )  # fmt: skip
+TEMPLATE = re.compile(r"\{\{|\{%")  # left over from a template; in notes it is text
 ADDRESS = re.compile(r"\b(?!file:)[A-Za-z][\w+.\-]*://[^\s<>\"'`|]+")
 # folders that hold what belongs to one machine; what every machine has (/usr/bin, /etc) tells nothing
 ROOTS = "Users|Volumes|content|data|home|media|mnt|nfs|opt|private|root|run/user|scratch|srv|tmp|var|workspaces?"
@@ -161,7 +162,7 @@ def check_card(text: str) -> list[str]:
 
 
 def _check_lines(text: str) -> Iterable[str]:
-    fence, opened = "", 0
+    fence, opened, notes = "", 0, _notes_lines(text)
     for number, line in enumerate(text.splitlines(), 1):
         mark = re.match(r"`{3,}", line)
         if mark:
@@ -171,7 +172,21 @@ def _check_lines(text: str) -> Iterable[str]:
                 shown = m[0][:6] + "…" if what == "access token" else m[0]
                 yield f"line {number}: {what} {shown!r}"
         yield from (f"line {number}: path of a machine {path!r}" for path in machine_paths(line))
-        if not fence and "}}" in line:  # closing braces of nested JSON are fine in code
-            yield f"line {number}: placeholder '}}}}'"
+        if number not in notes:
+            yield from (f"line {number}: placeholder {m[0]!r}" for m in TEMPLATE.finditer(line))
+            if not fence and "}}" in line:  # closing braces of nested JSON are fine in code
+                yield f"line {number}: placeholder '}}}}'"
     if fence:
         yield f"line {opened}: code block is not closed"
+
+
+def _notes_lines(text: str) -> range:
+    """Numbers of the lines between the marks of the notes; none where the marks make no block."""
+    try:
+        block = split(text)
+    except InputError:
+        return range(0)
+    if block is None:
+        return range(0)
+    first = len(block.before.splitlines()) + 1
+    return range(first, first + len(block.notes.splitlines()))

@@ -48,11 +48,8 @@ def gate(project: Project, id: str, *, expected_card: str | None = None, stale: 
         refusals.append(f"{id}: manifest.json is of {manifest.id}; run `publish build {id}`")
     for check in verify_folder(folder, manifest, pruned(project, manifest)):
         if check.passed is False:
-            step = (
-                f"remove it, or run `publish build {id}`"
-                if check.name == "no other files"
-                else f"run `publish build {id}`"
-            )
+            # a build by itself leaves strays where they are, and does not read the bytes of what it takes for current
+            step = "remove it" if check.name == "no other files" else f"run `publish build {id} --force`"
             refusals.append(f"{id}: {check.name}: {check.detail}; {step}")
     refusals += [f"{id}: {reason}" for reason in stale]
     refusals += _smoke(project, id, manifest)

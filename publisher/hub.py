@@ -103,6 +103,7 @@ class Hub:
         self._call = Calls(self.endpoint, self._token, patience, tell)
         configure(self.endpoint, limits, self._call.watch)
         self._api = _Api(endpoint=self.endpoint, token=self._token or False)
+        self._account: Account | None = None  # whose token this is, once `require_write` asked
         self._ahead: dict[tuple[str, str, str], Any] = {}  # what was uploaded ahead, by repo, path and sha256
 
     def __repr__(self) -> str:
@@ -119,6 +120,14 @@ class Hub:
         """Raises AuthError if there is no token."""
         if not self._token:
             raise AuthError(f"{doing} needs a token with write access: run `hf auth login`, or set HF_TOKEN")
+
+    def require_write(self, doing: str) -> Account:
+        """Whose token this is; the hub is asked once. Raises AuthError if there is none, or it can only read."""
+        self.require_token(doing)
+        self._account = self._account or self.account()
+        if self._account.role == "read":
+            raise AuthError(f"{doing}: the token of {self._account.name} can only read; take one with write access")
+        return self._account
 
     def account(self) -> Account:
         def ask() -> Account:

@@ -64,6 +64,14 @@ def checked_token(given: str | None) -> str | None:
     return token
 
 
+def token_step(token: str | None) -> str:
+    """What to do about a token that the hub does not know, by where it came from."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token and "".join(os.environ.get(name, "").split()) == token:
+            return f"correct {name}, which is set in the environment, or unset it to use `hf auth login`'s"
+    return "run `hf auth login`"
+
+
 def _is_true(value: str | None) -> bool:
     return (value or "").upper() in ("1", "ON", "YES", "TRUE")
 

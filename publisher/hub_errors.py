@@ -38,6 +38,7 @@ from inference.errors import (
     ResourceError,
 )
 
+from .hub_client import token_step
 from .hub_watch import Budget, budget, extend
 
 RETRYABLE = (408, 429, 500, 502, 503, 504)
@@ -198,7 +199,7 @@ class Calls:
         if status == 401:
             if not self._token:
                 return AuthError(f"{doing}: not found, or private: set HF_TOKEN, or run `hf auth login`")
-            return AuthError(f"{doing}: the hub does not know this token ({said}); run `hf auth login`")
+            return AuthError(f"{doing}: the hub does not know this token ({said}); {token_step(self._token)}")
         if status == 403:
             return AuthError(f"{doing}: refused ({said}); the token needs write access to that repo's owner")
         if status in (402, 413, 507):

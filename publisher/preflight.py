@@ -40,11 +40,7 @@ class Need:
 def may_push(hub: Hub) -> Account:
     """Raises AuthError for no token, an unknown one, or one that can only read."""
     hub.require_online("push")
-    hub.require_token("push")
-    account = hub.account()
-    if account.role == "read":
-        raise AuthError(f"push: the token of {account.name} can only read; take one with write access")
-    return account
+    return hub.require_write("push")
 
 
 def check(project: Project, hub: Hub, plans: Sequence[PushPlan]) -> tuple[list[PushPlan], dict[str, PublishError]]:
@@ -109,6 +105,8 @@ def together(errors: dict[str, PublishError]) -> PublishError:
 
 
 def _access(hub: Hub, account: Account, plan: PushPlan) -> Iterator[str]:
+    if plan.no_pull:
+        raise InputError(plan.no_pull)
     if not plan.exists:
         known = _may_create(account, plan.id, plan.repo)
         yield f"{plan.repo} is new; {account.name} {'may' if known else 'will try to'} create it, {_kind(plan)}"

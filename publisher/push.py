@@ -71,12 +71,7 @@ def execute(hub: Hub, project: Project, plan: PushPlan, progress: Progress | Non
     hub.require_token("push")
     if plan.refusal:
         raise RemoteChanged("\n".join([plan.refusal, *(f.diff for f in plan.foreign if f.diff)]))
-    account = hub.account()
-    if account.role == "read":
-        owner = plan.repo.split("/")[0]
-        raise AuthError(
-            f"push to {plan.repo}: the token of {account.name} can only read; it needs write access to {owner}"
-        )
+    hub.require_write("push")
     if plan.notes is not None:
         plan = _with_notes(hub, project, plan)
     commit = plan.head
@@ -119,6 +114,8 @@ def _with_notes(hub: Hub, project: Project, plan: PushPlan) -> PushPlan:
 
 def _ready(hub: Hub, plan: PushPlan, tell: Progress) -> PushPlan:
     """The plan with a repo, write access and, if asked for, a pull request to push to."""
+    if plan.no_pull:
+        raise InputError(plan.no_pull)
     if not plan.exists:
         tell("creating the repo", 0, 0)
         hub.create_repo(plan.repo, plan.target.private or plan.target.staged)

@@ -17,6 +17,7 @@ from .card_notes import CARD_BYTES, Notes, merge, split, with_notes
 from .hub import Hub
 
 DIFF_LINES = 200
+LINE_CHARS = 2000
 BOTH = "has notes that were changed here and on the hub since the last push"
 
 
@@ -56,9 +57,28 @@ def card_edit(hub: Hub, repo: str, commit: str, pushed: str | None, card: Path) 
     return CardEdit(False, "", diff, found.take, with_notes(ours, Notes(found.take)) == theirs)
 
 
+def text_edit(hub: Hub, repo: str, commit: str, pushed: str | None, here: Path, path: str) -> str:
+    """What was edited of another file; empty where it is no text. commit, pushed: as of `card_edit`."""
+    try:
+        ours = here.read_bytes()
+    except FileNotFoundError:  # pruned
+        return ""
+    there, before = hub.read_range(repo, commit, path, 0, CARD_BYTES), None
+    if pushed:
+        with suppress(InputError):  # that commit is gone, or did not have it
+            before = hub.read_range(repo, pushed, path, 0, CARD_BYTES)
+    first = ours if before is None else before
+    if any(b"\0" in text for text in (first, there)):
+        return ""
+    return _diff(first, there, f"{path} here" if before is None else f"{path} as pushed", f"{path} on the hub")
+
+
 def _diff(before: bytes, after: bytes, old: str, new: str) -> str:
     first, second = (text.decode(errors="replace").splitlines() for text in (before, after))
-    lines = list(difflib.unified_diff(first, second, old, new, lineterm=""))
+    lines = [
+        line if len(line) <= LINE_CHARS else f"{line[:LINE_CHARS]}…"
+        for line in difflib.unified_diff(first, second, old, new, lineterm="")
+    ]
     if len(lines) > DIFF_LINES:
         lines = [*lines[:DIFF_LINES], f"… {len(lines) - DIFF_LINES} lines more"]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from inference.errors import GateRefused, InputError
 
 from .hub import Copy, Head, Hub, RemoteFile
 from .prune import pruned
-from .push_cards import CardEdit, card_edit
+from .push_cards import BOTH, CardEdit, card_edit, text_edit
 from .push_copies import find_copies
 from .schema import Manifest, Receipt
 from .store import MANIFEST_BYTES, read_model
@@ -24,6 +24,7 @@ from .variants import Project
 from .verify import beside_manifest, file_key, is_plain, sha256_of
 
 CARD = "README.md"
+TEXT_BYTES = 1 << 20  # of a file whose difference is shown
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class ForeignEdit:
-    """A file on the hub that differs from ours and from what the last push left. diff: unified, for the card."""
+    """A file on the hub that differs from ours and from what the last push left. diff: unified, for text."""
 
     path: str
     what: str
@@ -127,11 +128,21 @@ class PushPlan:
         if self.foreign and not (self.target.overwrite or self.target.create_pr):
             first = self.foreign[0]
             more = f" (and {len(self.foreign) - 1} more)" if len(self.foreign) > 1 else ""
+            step = "take it over into variants.yaml or the templates"
+            if first.what == BOTH:
+                step = f"take over what is to stay into the notes in build/{self.id}/{CARD}"
             return (
-                f"{self.repo}: {first.path}{more} {first.what}; take it over into variants.yaml or the templates and "
-                "push with --overwrite, or propose with --create-pr"
+                f"{self.repo}: {first.path}{more} {first.what}; {step} and push with --overwrite, or propose with "
+                "--create-pr"
             )
         return None
+
+    @property
+    def no_pull(self) -> str | None:
+        """Why no pull request can be opened, as one line; None if one can, or none is asked for."""
+        if self.exists or not self.target.create_pr:
+            return None
+        return f"{self.id}: {self.repo} does not exist, so nothing can be proposed to it; run `publish push {self.id}`"
 
     @property
     def title(self) -> str:
@@ -211,12 +222,22 @@ def plan_push(
     target = Target(id, repo, hub.endpoint, private, create_pr, number, overwrite, staged)
     plan = decide(target, manifest.weights_hash, files, head, known)
     plan = replace(plan, copies=tuple(find_copies(hub, project, plan, head)))
-    if head and any(f.path == CARD for f in plan.foreign):
-        last = receipt if number is None else pull
+    if head is None or not plan.foreign:
+        return plan
+    last = receipt if number is None else pull
+    if any(f.path == CARD for f in plan.foreign):
         plan = with_edit(
             plan, card_edit(hub, repo, head.commit, last and last.commit, project.store.variant(id) / CARD)
         )
-    return plan
+    ours = {f.path: f for f in files}
+    return replace(
+        plan,
+        foreign=tuple(
+            f if f.path == CARD or max(ours[f.path].size, head.files[f.path].size) > TEXT_BYTES
+            else replace(f, diff=text_edit(hub, repo, head.commit, last and last.commit, ours[f.path].source, f.path))
+            for f in plan.foreign
+        ),
+    )  # fmt: skip
 
 
 def with_edit(plan: PushPlan, edit: CardEdit) -> PushPlan:
@@ -230,7 +251,7 @@ def with_edit(plan: PushPlan, edit: CardEdit) -> PushPlan:
     if edit.take is None:
         return plan
     reasons = (r for r in plan.reasons if not r.startswith(f"{CARD}:"))
-    plan = replace(plan, reasons=(*reasons, f"{CARD}: its notes were changed on the hub, and are taken over"))
+    plan = replace(plan, reasons=(*reasons, f"{CARD}: its notes were changed on the hub; push takes them over"))
     if edit.same:  # nothing to send of it, once the notes are here
         same = tuple(f for f in plan.update if f.path == CARD)
         update = tuple(f for f in plan.update if f.path != CARD)

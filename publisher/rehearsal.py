@@ -22,4 +22,6 @@ def serve(folder: Path, port: int, user: str, faults: Sequence[str] = (), xet: b
     except (ValueError, FolderInUse) as e:
         raise InputError(str(e)) from None
     except OSError as e:
+        if e.filename is not None:  # a socket has none
+            raise InputError(f"{folder}: cannot be the hub's folder: {e.strerror}") from None
         raise InputError(f"cannot serve on port {port}: {e.strerror}; --port 0 takes a free one") from None

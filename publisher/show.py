@@ -284,6 +284,7 @@ def _status_row(project: Project, rung: Rung, remote: RemoteState | None) -> dic
         "repo": rung.plan.repo,
         "built": rung.manifest is not None,
         "current": s.built,
+        "state": _state_word(rung),
         "stale": {"weights": s.weights, "smoke": s.smoke, "bench": s.bench, "card": s.card},
         "quality": s.quality,  # reasons why it is not current; `publish eval` is a step of its own
         "smoke_failed": s.failed,
@@ -320,7 +321,7 @@ def status_text(seen: Survey, remotes: Mapping[str, RemoteState], base: BaseDrif
     for r in seen.rungs.values():
         row = _status_row(seen.project, r, remotes.get(r.id))
         rows.append(
-            (r.id, _state_word(row), _why(row), _pushed_word(row["pushed"]), *([_remote_word(row)] if remotes else []))
+            (r.id, row["state"], _why(row), _pushed_word(row["pushed"]), *([_remote_word(row)] if remotes else []))
         )
         if remotes:
             notes += [f"{r.id}: {d.removeprefix(f'{r.id}: ')}" for d in row["remote"]["differences"]]
@@ -338,26 +339,29 @@ def _moved(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['id']}: the head is {head[:8]}, not {pushed[:8]} that was pushed last"]
 
 
-def _state_word(row: Mapping[str, Any]) -> str:
-    if row["smoke_failed"]:
+def _state_word(rung: Rung) -> str:
+    """That weights are not here is told whatever else is stale: `_why` says what."""
+    state = rung.state
+    if state.failed:
         return "failed"
-    if row["current"]:
-        return "pruned" if row["pruned"] else "built"
-    return "stale" if row["built"] else "not built"
+    if state.pruned:
+        return "pruned"
+    if state.built:
+        return "built"
+    return "stale" if rung.manifest else "not built"
 
 
 def _why(row: Mapping[str, Any]) -> str:
-    if row["smoke_failed"]:
-        return f"smoke: {row['smoke_failed']}"
     if not row["built"]:
         return ""
     stale = row["stale"]
-    if row["pruned"] and row["current"]:
-        return f"weights are in {row['pruned']}"
+    told = [f"weights are in {row['pruned']}"] if row["pruned"] else []
+    if row["smoke_failed"]:
+        return "; ".join([f"smoke: {row['smoke_failed']}", *told])
     if stale["weights"]:
-        return f"weights: {'; '.join(stale['weights'])}"
+        return "; ".join([*told, f"weights: {'; '.join(stale['weights'])}"])
     steps = {**stale, "quality": row["quality"]}
-    return "; ".join(f"{step}: {', '.join(reasons)}" for step, reasons in steps.items() if reasons)
+    return "; ".join([*told, *(f"{step}: {', '.join(reasons)}" for step, reasons in steps.items() if reasons)])
 
 
 def _pushed_word(pushed: Mapping[str, Any] | None) -> str:

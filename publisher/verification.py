@@ -49,6 +49,9 @@ def verify(
         raise InputError(f"{folders[0]}: a folder is on no hub; name a variant")
     out = {name: _of_folder(Path(name).expanduser(), asked, hub, report) for name in folders}
     ids = [name for name in names if name not in folders]
+    for name in ids:
+        if "/" in name and not Path(name).expanduser().is_dir():
+            raise InputError(f"{name}: no such folder")
     if ids or not names:
         out |= {id: _of_variant(project(), id, asked, hub, report) for id in _chosen(project(), ids)}
     return out

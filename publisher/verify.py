@@ -95,18 +95,22 @@ def _feed(f: Any, nbytes: int, *hashers: Any) -> int:
 def verify_folder(folder: Path, manifest: Manifest, pruned: Pruned | None = None) -> list[Check]:
     """One check a property; the detail names the first offender. Raises nothing about the folder's content.
 
-    pruned: files that are not here on purpose. Their tensors count as the manifest says, and a check that is neither passed
-    nor failed says so.
+    pruned: files that are not here on purpose. Their tensors count as the manifest says. A check that then finds no fault
+    and had nothing of the weights to look at is neither passed nor failed.
     """
     gone = pruned.files if pruned else {}
     shards, headers_fault = _headers(folder, manifest, gone)
     with ThreadPoolExecutor(HASHERS) as pool:
         list(pool.map(_hash, shards.keys(), shards.values()))
+
+    def checked(name: str, fault: str, good: str) -> Check:
+        return _not_checked(name) if pruned and not shards and not fault else check_of(name, fault, good)
+
     checks = [
         _files(folder, manifest, shards, gone),
         _no_others(folder, manifest),
-        check_of("shards", headers_fault, f"{len(shards)} safetensors files parse"),
-        check_of("second reader", _second_reader(shards), "the safetensors library finds the same tensors"),
+        checked("shards", headers_fault, f"{len(shards)} safetensors files parse"),
+        checked("second reader", _second_reader(shards), "the safetensors library finds the same tensors"),
         _index(folder) if pruned is None else _index_alone(folder, manifest),
     ]
     config: dict[str, Any] = {}
@@ -122,21 +126,25 @@ def verify_folder(folder: Path, manifest: Manifest, pruned: Pruned | None = None
         checks.append(check_of("config", str(e)))
     found = {t.name: t for tensors in shards.values() for t in tensors}
     hashes = {name: sha for path, tensors in shards.items() for name, sha in _hash(path, tensors)[1].items()}
+    unread = 0
     if pruned:
         detail = f"pruned: {len(gone)} files, proven to be in {pruned.where}; publish build brings them back"
         checks.insert(1, Check(name="weights", passed=None, detail=detail))
         with suppress(CheckpointError):  # told by `_index_alone`
             missing = {n: t for n, t in described(folder, manifest).tensors.items() if t.file.name in gone}
             found = {**missing, **found}
+            unread = len(missing.keys() - hashes.keys())
             hashes = {t.name: t.sha256 for t in manifest.tensors if t.name in missing} | hashes
-    checks.append(_tensors(manifest, found, hashes))
+    fault = _tensors(manifest, found, hashes)
+    few = f"{len(hashes) - unread} of " if unread else ""
+    checks.append(checked("tensors", fault, f"{few}{len(manifest.tensors)} tensors, bytes as in the manifest"))
     rows = [(t.name, t.dtype, t.shape, hashes[t.name]) for t in found.values()]
     actual = weights_hash(rows, config.get("quantization"))
     wrong = (
         "" if actual == manifest.weights_hash else f"found {actual[:12]}, manifest says {manifest.weights_hash[:12]}"
     )
     checks.append(check_of("weights hash", wrong, actual[:12]))
-    checks.append(check_of("packed weights", _packing(found, modules), "shapes fit bits, group size and mode"))
+    checks.append(checked("packed weights", _packing(found, modules), "shapes fit bits, group size and mode"))
     checks.append(
         check_of("module formats", _entries(found, spec, modules), "an entry for each packed module, no other")
     )
@@ -146,6 +154,10 @@ def verify_folder(folder: Path, manifest: Manifest, pruned: Pruned | None = None
 def check_of(name: str, fault: str, good: str = "") -> Check:
     """A check that failed if there is a fault, which is then its detail."""
     return Check(name=name, passed=not fault, detail=fault or good)
+
+
+def _not_checked(name: str) -> Check:
+    return Check(name=name, passed=None, detail="not checked: pruned")
 
 
 def _headers(folder: Path, manifest: Manifest, gone: Container[str]) -> tuple[dict[Path, list[TensorInfo]], str]:
@@ -249,19 +261,20 @@ def _index_alone(folder: Path, manifest: Manifest) -> Check:
     return check_of("index", "", f"{len(manifest.tensors)} tensors")
 
 
-def _tensors(manifest: Manifest, found: dict[str, TensorInfo], hashes: dict[str, str]) -> Check:
+def _tensors(manifest: Manifest, found: dict[str, TensorInfo], hashes: dict[str, str]) -> str:
+    """The first tensor that is not as the manifest says."""
     listed = {t.name: t for t in manifest.tensors}
     for name in sorted(listed.keys() | found.keys()):
         if name not in found:
-            return check_of("tensors", f"{name} is in no shard")
+            return f"{name} is in no shard"
         if name not in listed:
-            return check_of("tensors", f"{name} is not in the manifest")
+            return f"{name} is not in the manifest"
         want, have = listed[name], found[name]
         if (want.dtype, want.shape) != (have.dtype, list(have.shape)):
-            return check_of("tensors", f"{name} is {have.dtype} {list(have.shape)}, not {want.dtype} {want.shape}")
+            return f"{name} is {have.dtype} {list(have.shape)}, not {want.dtype} {want.shape}"
         if want.sha256 != hashes[name]:
-            return check_of("tensors", f"{name} has sha256 {hashes[name][:12]}, manifest says {want.sha256[:12]}")
-    return check_of("tensors", "", f"{len(listed)} tensors, bytes as in the manifest")
+            return f"{name} has sha256 {hashes[name][:12]}, manifest says {want.sha256[:12]}"
+    return ""
 
 
 def _packing(found: dict[str, TensorInfo], modules: dict[str, QuantSpec | None]) -> str:

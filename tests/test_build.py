@@ -62,6 +62,14 @@ def result(ladder: Path, id: str, kind: str) -> Path:
 # ------------------------------------------------------------------------------------------------ staleness
 
 
+def test_a_hub_that_cannot_have_its_folder_names_it(publish, tmp_path):
+    (tmp_path / "file").write_text("x")
+    line = publish("hub", "--dir", "file/x", "--port", "0", cwd=tmp_path).refused(2)
+    assert "file/x: " in line
+    assert "Not a directory" in line
+    assert "port" not in line
+
+
 def test_when_everything_is_current_nothing_is_done_and_no_file_changes(ladder, publish):
     before = snapshot(ladder)
     ran = publish("build", "--all", cwd=ladder).ok()

@@ -188,6 +188,16 @@ def test_the_gate_looks_at_notes_as_at_the_rest(tmp_path: Path, notes: str, faul
     assert refusal.endswith("correct the notes in README.md")
 
 
+@pytest.mark.parametrize("notes", ["Use {{ x }} and {% if y %}.\n", "a\u2028b {{ x }}\n", "```\n{{ x\n```\n"])
+def test_braces_are_text_in_notes_and_nowhere_else(tmp_path: Path, notes: str) -> None:
+    project = make_project(tmp_path)
+    card = make_variant(project) / "README.md"
+    for before, after in (("", ""), ("{{ y }}", ""), ("", "{% y\n")):
+        text = CARD.format(id="Q4") + f"\nA\u2028line. {before}\n" + BEGIN + notes + END + after
+        card.write_bytes(text.encode())
+        assert any("placeholder" in r for r in gate(project, "Q4")) == bool(before or after)
+
+
 # -- the hub --------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +241,7 @@ def test_notes_that_changed_on_the_hub_alone_are_taken_over_and_nothing_is_commi
     somebody_writes(server, with_block("theirs\r\n"))
     plan = plan_push(hub, project, "Q4")
     assert (plan.foreign, plan.refusal, plan.notes) == ((), None, "theirs\r\n")
-    assert "its notes were changed on the hub, and are taken over" in remote_state(hub, project, "Q4").differences[0]
+    assert "its notes were changed on the hub; push takes them over" in remote_state(hub, project, "Q4").differences[0]
     (told,), errors = check(project, hub, [plan])
     assert "notes that were changed on the hub are taken over" in told.told
     assert not errors
@@ -270,6 +280,8 @@ def test_notes_changed_on_both_sides_stop_the_push_with_both_differences(server,
         execute(hub, project, plan)
     assert "+theirs" in str(e.value)
     assert "+ours" in str(e.value)
+    assert "take over what is to stay into the notes in build/Q4/README.md and push with --overwrite" in str(e.value)
+    assert "variants.yaml" not in str(e.value).splitlines()[0]
     assert on_the_hub(server) == with_block("theirs\n")
     assert local(project).read_text() == with_block("ours\n")
     execute(hub, project, plan_push(hub, project, "Q4", overwrite=True))
@@ -302,6 +314,21 @@ def test_without_what_was_pushed_last_an_edit_is_foreign(server, pushed) -> None
     project.store.receipt("Q4").unlink()
     somebody_writes(server, with_block("theirs\n"))
     assert [f.path for f in plan_push(hub, project, "Q4").foreign] == ["README.md"]
+
+
+def test_an_edit_of_another_text_file_is_shown(server, pushed) -> None:
+    project, hub = pushed
+    config = project.store.variant("Q4") / "config.json"
+    for path, content in (("config.json", b'{"edited": 1}\n'), ("LICENSE", b"\0binary")):
+        HfApi(server.url, WRITE).upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=REPO)
+    diffs = {f.path: f.diff for f in plan_push(hub, project, "Q4").foreign}
+    assert diffs["config.json"].startswith("--- config.json as pushed\n+++ config.json on the hub\n")
+    assert '+{"edited": 1}' in diffs["config.json"]
+    assert "-" + config.read_text().splitlines()[0] in diffs["config.json"]
+    assert diffs["LICENSE"] == ""
+    project.store.receipt("Q4").unlink()
+    (diff,) = (f.diff for f in plan_push(hub, project, "Q4").foreign if f.path == "config.json")
+    assert diff.startswith("--- config.json here\n")
 
 
 @pytest.mark.parametrize(

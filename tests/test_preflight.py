@@ -251,6 +251,22 @@ def test_a_token_that_cannot_push_is_refused_before_anything(server, project, to
     assert nothing_was_sent(server)
 
 
+@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
+def test_a_token_of_the_environment_is_to_be_corrected_there(server, monkeypatch, name: str) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv(name, "hf_nobodyknows\n")
+    with pytest.raises(AuthError, match=f"does not know this token .*; correct {name}, which is set in the env") as e:
+        may_push(connect(server, None))
+    assert "hf_nobodyknows" not in str(e.value)
+
+
+def test_the_hub_is_asked_once_whose_token_it_is(server, project) -> None:
+    hub = connect(server)
+    plans, _ = check(project, hub, [plan_push(hub, project, "Q4")])
+    execute(hub, project, plans[0])
+    assert server.stats.requests["whoami"] == 1
+
+
 def test_without_a_token_nothing_is_asked(server, monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))

@@ -530,7 +530,7 @@ def test_a_pull_request_may_come_from_outside_and_over_foreign_edits(server, pro
 
 
 def test_a_read_token_is_refused_with_what_is_needed(server, project):
-    with pytest.raises(AuthError, match="the token of alice can only read; it needs write access to acme"):
+    with pytest.raises(AuthError, match="the token of alice can only read; take one with write access"):
         push(server, project, token=READ)
 
 

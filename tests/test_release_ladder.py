@@ -168,6 +168,15 @@ def test_a_pruned_ladder_is_described_pushed_and_built_again(ladder, hub, run):
     text = run("status", ID).ok().out
     assert "pruned" in text
     assert f"weights are in {REPOS.format(ID)}" in text
+    assert {r["state"] for r in rows} == {"pruned"}
+    bench = ladder / "build/results" / weights_hash(ladder, ID) / "bench.json"
+    bench.rename(bench.with_suffix(".aside"))
+    row = json.loads(run("status", ID, "--json").ok().out)["variants"][0]
+    assert (row["state"], row["current"]) == ("pruned", False)
+    text = " ".join(run("status", ID).ok().out.split())
+    assert f"{ID} pruned weights are in {REPOS.format(ID)}" in text
+    assert "bench: not run on these weights" in text
+    bench.with_suffix(".aside").rename(bench)
     run("card", "--check").ok()
     assert {id: (ladder / "build" / id / "README.md").read_bytes() for id in ids(ladder)} == cards
     assert "not checked" in run("verify", ID).ok().out

@@ -13,6 +13,7 @@ from inference.errors import AuthError, CheckFailed, InputError, RemoteChanged
 from publisher import release as release_module
 from publisher.hub import Hub
 from publisher.localhub import Fault, LocalHub
+from publisher.preflight import check
 from publisher.prune import pruned
 from publisher.push import plan_push, verify_remote
 from publisher.release import Choices, release
@@ -291,6 +292,16 @@ def test_a_pull_request_is_no_release(server, project):
     assert project.store.ladder_receipt.read_bytes() == text
 
 
+def test_nothing_is_created_for_a_pull_request(server, project):
+    hub = connect(server)
+    plan = plan_push(hub, project, "Q4", create_pr=True)
+    _, errors = check(project, hub, [plan])
+    assert isinstance(errors["Q4"], InputError)
+    assert str(errors["Q4"]) == f"Q4: {Q4} does not exist, so nothing can be proposed to it; run `publish push Q4`"
+    assert isinstance(push(server, project, "Q4", create_pr=True).failed["Q4"], InputError)
+    assert not server.stats.requests["repo_create"]
+
+
 def test_no_variant_can_take_the_name_of_the_ladders_receipt(tmp_path):
     with pytest.raises(InputError, match="this tool's own files"):
         make_project(tmp_path / "p", "base: {path: base, name: T}\nvariants: {Ladder: {bits: 4}}\n")
@@ -393,7 +404,9 @@ def test_pruned_weights_are_gone_and_everything_says_so(server, project):
     gone = pruned(project, manifest_of(project))
     assert gone.where.startswith(Q4)
     checks = verify_folder(project.store.variant("Q4"), manifest_of(project), gone)
-    assert [(c.name, c.passed) for c in checks if c.passed is not True] == [("weights", None)]
+    unread = ["weights", "shards", "second reader", "tensors", "packed weights"]
+    assert [(c.name, c.passed) for c in checks if c.passed is not True] == [(name, None) for name in unread]
+    assert {c.detail for c in checks if c.passed is None} - {checks[1].detail} == {"not checked: pruned"}
     assert all(c.passed for c in verify_remote(connect(server), project, "Q4"))
 
     server.stats.reset()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from variant_folder import make_project, make_variant, pack, quantization, seal,
 
 from inference.checkpoint import read_header
 from publisher import verify
+from publisher.prune import Pruned
 from publisher.schema import Manifest
 from publisher.verify import verify_folder
 
@@ -277,6 +279,35 @@ def test_a_downloaded_folder_is_verified_without_a_ladder(folder, tmp_path, publ
     shutil.copy(shard(copy), copy / "model-00003-of-00003.safetensors")
     told = publish("verify", str(copy), cwd=tmp_path).refused(1)
     assert "no other files: model-00003-of-00003.safetensors is not in the manifest" in told
+
+
+@pytest.mark.parametrize("name", ["/tmp/nope/nowhere", "./nope", "variants.yaml/x"])
+def test_a_path_to_no_folder_is_told_as_such_without_a_ladder(name, publish, tmp_path):
+    assert publish("verify", name, cwd=tmp_path).refused(2) == f"{name}: no such folder"
+
+
+def pruned_checks(folder, *gone):
+    """name → (passed, detail) once these shards are pruned."""
+    manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
+    files = {f.path: f.sha256 for f in manifest.files if folder / f.path in gone}
+    for path in gone:
+        path.unlink()
+    pruned = Pruned(SimpleNamespace(repo="acme/Q4", commit="0" * 40), files)  # type: ignore[arg-type]
+    return {c.name: (c.passed, c.detail) for c in verify_folder(folder, manifest, pruned)}
+
+
+def test_what_read_nothing_of_pruned_weights_does_not_say_ok(folder):
+    found = pruned_checks(folder, shard(folder, 1), shard(folder, 2))
+    for name in ("shards", "second reader", "tensors", "packed weights"):
+        assert found[name] == (None, "not checked: pruned")
+    assert all(found[name][0] for name in ("files", "no other files", "index", "config", "weights hash"))
+
+
+def test_of_weights_pruned_in_part_the_rest_is_checked(folder):
+    own = len(read_header(shard(folder, 1))[0])
+    found = pruned_checks(folder, shard(folder, 2))
+    assert found["shards"] == (True, "1 safetensors files parse")
+    assert found["tensors"] == (True, f"{own} of 10 tensors, bytes as in the manifest")
 
 
 def test_a_folder_without_a_manifest_is_taken_for_a_variant(project, publish):
