@@ -35,6 +35,7 @@ from .card_notes import Notes, read_card, with_notes
 from .hub import Head, Hub, Progress, RemoteFile, Upload
 from .push_plan import LocalFile, PushPlan, local_files, plan_push, pull_receipt, repo_id, same
 from .schema import Check, FileEntry, Manifest, Receipt
+from .signing import write_signature
 from .store import read_model, write_model, write_text
 from .variants import Project
 from .verify import file_key, sha256_of
@@ -69,9 +70,13 @@ def execute(hub: Hub, project: Project, plan: PushPlan, progress: Progress | Non
     tell = progress or (lambda what, done, total: None)
     hub.require_online("push")
     hub.require_token("push")
+    if plan.breaks:
+        raise GateRefused(plan.breaks)
     if plan.refusal:
         raise RemoteChanged("\n".join([plan.refusal, *(f.diff for f in plan.foreign if f.diff)]))
     hub.require_write("push")
+    if plan.signature is not None:
+        write_signature(project.store.variant(plan.id), plan.signature)
     if plan.notes is not None:
         plan = _with_notes(hub, project, plan)
     commit = plan.head
@@ -258,6 +263,8 @@ def _write_receipt(hub: Hub, project: Project, plan: PushPlan, commit: str) -> R
     # of the weights that are here or not as they were when this push began
     pruned_at = old.pruned_at if old and any(f.key is None for f in plan.files) else None
     entries = [FileEntry(path=f.path, size=f.size, sha256=f.sha256) for f in plan.files]
+    if old and plan.keeps:
+        entries = sorted((*entries, *(f for f in old.files if f.path in plan.keeps)), key=lambda f: f.path)
     if (
         old
         and (old.repo, old.endpoint, old.weights_hash) == (plan.repo, hub.endpoint, plan.weights_hash)

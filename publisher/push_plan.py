@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from .prune import pruned
 from .push_cards import BOTH, CardEdit, card_edit, text_edit
 from .push_copies import find_copies
 from .schema import Manifest, Receipt
+from .signing import MAX_BYTES, Signed, covers, is_ignored, read_signature
 from .store import MANIFEST_BYTES, read_model
 from .variants import Project
-from .verify import beside_manifest, file_key, is_plain, sha256_of
+from .verify import SIGNATURE, beside_manifest, file_key, is_plain, sha256_of
 
 CARD = "README.md"
 TEXT_BYTES = 1 << 20  # of a file whose difference is shown
@@ -29,13 +31,15 @@ TEXT_BYTES = 1 << 20  # of a file whose difference is shown
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to publish, as it was hashed. key: size, times and inode then; None: it was pruned, and is not here."""
+    """A file to publish, as it was hashed. key: size, times and inode then; None: it was pruned, and is not here. data: of
+    one that is written only when the plan is carried out."""
 
     path: str
     source: Path
     size: int
     sha256: str
     key: tuple[int, ...] | None
+    data: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class PushPlan:
     copies: tuple[Copy, ...] = ()
     notes: str | None = None  # of the card, changed on the hub alone: ours are to become these
     told: tuple[str, ...] = ()  # by the hub before the push, see `preflight`
+    keeps: tuple[str, ...] = ()  # of an earlier push, not here, to stay on the hub: the signature, where it stays true
+    breaks: str = ""  # why it may not leave, as one line: it would make the signature on the hub a false one
 
     @property
     def id(self) -> str:
@@ -103,6 +109,11 @@ class PushPlan:
     @property
     def files(self) -> tuple[LocalFile, ...]:
         return tuple(sorted((*self.add, *self.update, *self.unchanged), key=lambda f: f.path))
+
+    @property
+    def signature(self) -> bytes | None:
+        """One that was made for this push, to be written when it is carried out."""
+        return next((f.data for f in (*self.add, *self.update) if f.path == SIGNATURE), None)
 
     @property
     def bytes_to_send(self) -> int:
@@ -202,15 +213,18 @@ def plan_push(
     overwrite: bool = False,
     staged: bool = False,
     rehash: bool = True,
+    signature: bytes | None = None,
 ) -> PushPlan:
     """Compare the folder with the repo. Reads only. private: of a repo that is created. overwrite: foreign edits too.
-    staged: a new repo is made private at first.
+    staged: a new repo is made private at first. signature: a new one, in place of the folder's.
 
     Raises GateRefused (see local_files), InputError, AuthError, HubUnavailable.
     """
     hub.require_online("push")
     repo = repo_id(project, id)
     manifest, files = local_files(project, id, rehash)
+    if signature is not None:
+        files = _with_signature(files, project.store.variant(id) / SIGNATURE, signature)
     receipt, pull = read_model(project.store.receipt(id), Receipt), read_model(pull_receipt(project, id), Receipt)
     receipt, pull = (r if r and (r.repo, r.endpoint) == (repo, hub.endpoint) else None for r in (receipt, pull))
     number = pull.pull_request if create_pr and pull else None
@@ -220,7 +234,7 @@ def plan_push(
     head = hub.head(repo, revision)
     known = Known(_pushed(hub, repo, head, receipt, pull), _listed(hub, repo, head, receipt, files))
     target = Target(id, repo, hub.endpoint, private, create_pr, number, overwrite, staged)
-    plan = decide(target, manifest.weights_hash, files, head, known)
+    plan = _spare_signature(hub, decide(target, manifest.weights_hash, files, head, known), head)
     plan = replace(plan, copies=tuple(find_copies(hub, project, plan, head)))
     if head is None or not plan.foreign:
         return plan
@@ -233,11 +247,58 @@ def plan_push(
     return replace(
         plan,
         foreign=tuple(
-            f if f.path == CARD or max(ours[f.path].size, head.files[f.path].size) > TEXT_BYTES
+            f if f.path in (CARD, SIGNATURE) or max(ours[f.path].size, head.files[f.path].size) > TEXT_BYTES
             else replace(f, diff=text_edit(hub, repo, head.commit, last and last.commit, ours[f.path].source, f.path))
             for f in plan.foreign
         ),
     )  # fmt: skip
+
+
+def _with_signature(files: Sequence[LocalFile], path: Path, data: bytes) -> list[LocalFile]:
+    key = (len(data),)  # no file's: it counts by its hash
+    new = LocalFile(SIGNATURE, path, len(data), hashlib.sha256(data).hexdigest(), key, data)
+    return sorted((*(f for f in files if f.path != SIGNATURE), new), key=lambda f: f.path)
+
+
+def _spare_signature(hub: Hub, plan: PushPlan, head: Head | None) -> PushPlan:
+    """The plan, where the repo is signed and the folder is not: the signature stays if it stays as true as it is. If not,
+    it goes with --overwrite, and else the push may not leave."""
+    if head is None or SIGNATURE not in head.files or any(f.path == SIGNATURE for f in plan.files):
+        return plan
+    fault = _breaks(hub, plan, head)
+    if fault and not plan.target.overwrite:
+        breaks = (
+            f"{plan.id}: {plan.repo} is signed, and this push would make the signature invalid ({fault}); give --sign-key, "
+            f"or delete {SIGNATURE} on the hub (--overwrite does so)"
+        )
+        return replace(plan, breaks=breaks)
+    rest = tuple(path for path in plan.delete if path != SIGNATURE)
+    reason = f"{SIGNATURE}: stale on the hub"
+    reasons = tuple(r for r in plan.reasons if r != reason)
+    if fault:
+        kept = tuple(path for path in plan.kept if path != SIGNATURE)
+        return replace(plan, delete=(*rest, SIGNATURE), kept=kept, reasons=(*reasons, reason))
+    keeps = (SIGNATURE,) if SIGNATURE in plan.delete else ()
+    return replace(plan, delete=rest, keeps=keeps, reasons=reasons)
+
+
+def _breaks(hub: Hub, plan: PushPlan, head: Head) -> str:
+    """What of this push the signature on the hub would not be of; "" if it stays as true as it is."""
+    changed = sorted({f.path for f in (*plan.add, *plan.update)} | set(plan.delete) - {SIGNATURE})
+    if not changed:
+        return ""
+    signed: Signed | None = None
+    if head.files[SIGNATURE].size <= MAX_BYTES:
+        with suppress(InputError):  # of another tool, or of another kind: it counts as one of all that must be signed
+            signed = read_signature(hub.read_range(plan.repo, head.commit, SIGNATURE, 0, MAX_BYTES))
+    first = next((p for p in changed if not is_ignored(p) or (signed and p in signed.files)), None)
+    if first is None:
+        return ""
+    if signed is None:
+        return f"{first} changes"
+    ours = {f.path: f.sha256 for f in plan.files}
+    stay = (head.files.keys() & signed.files.keys()) - ours.keys() - set(plan.delete)
+    return covers(signed, {**ours, **{path: signed.files[path] for path in stay}})
 
 
 def with_edit(plan: PushPlan, edit: CardEdit) -> PushPlan:
@@ -371,5 +432,5 @@ def same(local: LocalFile, remote: RemoteFile) -> bool:
         return local.sha256 == remote.sha256
     if local.key is None:
         return False
-    data = local.source.read_bytes()  # a file outside of LFS: at most 10 MB
+    data = local.source.read_bytes() if local.data is None else local.data  # a file outside of LFS: at most 10 MB
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == remote.blob

@@ -30,7 +30,7 @@ from .push import PushPlan, execute, plan_push
 from .push_plan import local_files
 from .report import Report
 from .schema import Manifest, Receipt
-from .signing import sign_folder, stale
+from .signing import make_signature, stale
 from .store import exclusive, read_model
 from .survey import Rung, survey
 from .variants import Project
@@ -75,8 +75,8 @@ class Released:
 
 
 def prepare(project: Project, ids: Sequence[str], hub: Hub, choices: Choices = Choices()) -> list[PushPlan]:
-    """The plan of each variant. Changes nothing but signatures here, and puts on record what weights the hub holds
-    (`card_history`). Raises GateRefused, or what stands against it on the hub (`preflight`), every refusal on its line.
+    """The plan of each variant. Changes nothing here, signatures included, but puts on record what weights the hub
+    holds (`card_history`). Raises GateRefused, or what stands against it on the hub (`preflight`), every refusal on its line.
 
     The base's weights are not downloaded for this: where they are not here, its commit stands for them.
     """
@@ -110,19 +110,22 @@ def refused(project: Project, ids: Sequence[str], hub: Hub) -> dict[str, list[st
 
 
 def _plan(project: Project, id: str, hub: Hub, choices: Choices) -> PushPlan:
-    _sign(project, id)
-    return plan_push(
+    plan = plan_push(
         hub, project, id, private=choices.private, create_pr=choices.create_pr, overwrite=choices.overwrite,
-        staged=choices.staged,
+        staged=choices.staged, signature=_sign(project, id),
     )  # fmt: skip
+    if plan.breaks:
+        raise GateRefused(plan.breaks)
+    return plan
 
 
-def _sign(project: Project, id: str) -> None:
+def _sign(project: Project, id: str) -> bytes | None:
     """Sign what passed the gate, where there is a key. A signature of something else never leaves."""
     files = {f.path: f.sha256 for f in local_files(project, id)[1]}
-    sign_folder(project, id, files)
-    if fault := stale(project.store.variant(id), files):
+    made = make_signature(project, id, files)
+    if made is None and (fault := stale(project.store.variant(id), files)):
         raise GateRefused(f"{id}: {fault}; sign it again with --sign-key, or delete {SIGNATURE}")
+    return made
 
 
 def _stale(project: Project, rung: Rung) -> Iterator[str]:

@@ -673,12 +673,15 @@ def _push_lines(p: PushPlan) -> Iterable[str]:
         "update": [f.path for f in p.update],
         "delete": p.delete,
         "copied by the hub": [c.path for c in p.copies],
+        "signature on the hub, kept": p.keeps,
         "not from here, kept": p.kept,
         "weights not from here": p.strays,
     }
     for what, paths in named.items():
         if paths:
             yield f"{p.id}: {what}: {_names(paths)}"
+    if p.signature is not None:
+        yield f"{p.id}: would sign"
     yield from (_visible(f"{p.id}: {line}") for line in p.told)
     for f in p.foreign:
         yield _visible(f"{p.id}: {f.path} {f.what}" + ("; would be replaced" if p.target.overwrite else ""))

@@ -137,14 +137,15 @@ def with_key(project: Project, key: Path | None) -> Project:
     return replace(project, ladder=project.ladder.model_copy(update={"sign": spec}))
 
 
-def sign_folder(project: Project, id: str, files: Mapping[str, str]) -> bool:
-    """Bring model.sig of a variant up to date, if variants.yaml or an option names a key; returns whether it was written.
+def make_signature(project: Project, id: str, files: Mapping[str, str]) -> bytes | None:
+    """A new model.sig of a variant, which nobody has written yet; None if the one that is there is up to date, or if neither
+    variants.yaml nor an option names a key.
 
     files: sha256 by path, of all that is pushed. Raises InputError for a key that cannot be used.
     """
     spec = project.ladder.sign
     if spec is None or spec.key is None:
-        return False
+        return None
     _require()
     folder = project.store.variant(id)
     path = folder / SIGNATURE
@@ -152,12 +153,15 @@ def sign_folder(project: Project, id: str, files: Mapping[str, str]) -> bool:
     data = _read(path) if path.is_file() else b""
     wanted = {p: sha for p, sha in files.items() if not is_ignored(p)}
     if _is_of(data, wanted, by) and _intact(data, private):
-        return False
+        return None
     with tempfile.TemporaryDirectory() as temp:
         made = Path(temp) / SIGNATURE
         signer.set_hashing_config(_hashing(wanted)).sign(folder, made)
-        write_bytes(path, made.read_bytes())
-    return True
+        return made.read_bytes()
+
+
+def write_signature(folder: Path, data: bytes) -> None:
+    write_bytes(folder / SIGNATURE, data)
 
 
 def stale(folder: Path, files: Mapping[str, str]) -> str:

@@ -11,9 +11,9 @@ from inference.errors import GateRefused, InputError
 
 from .prune import pruned
 from .report import Report
-from .schema import Check, Manifest
+from .schema import Check, Manifest, Receipt
 from .signing import Trust, check_signature, is_ignored, trust_of
-from .store import MANIFEST_BYTES, read_model
+from .store import MANIFEST_BYTES, read_model, read_result
 from .survey import read_manifest
 from .variants import Project
 from .verify import SIGNATURE, sha256_of, stray_files, verify_folder
@@ -106,12 +106,24 @@ def _of_variant(project: Project, id: str, asked: Asked, hub: Callable[[], Hub],
     if asked.rebuild or not (asked.remote or asked.download):
         gone = pruned(project, manifest)
         checks += verify_folder(folder, manifest, gone)
-        checks += check_signature(*signed_here(folder, gone.files if gone else {}), trust)
+        data, hashes = signed_here(folder, gone.files if gone else {})
+        waits = data is None and trust and not asked.trust(None) and not _pushed_signed(project, id)
+        checks += [_not_signed_yet(project)] if waits else check_signature(data, hashes, trust)
     if asked.rebuild:
         from .rebuild import rebuild  # noqa: PLC0415
 
         checks += rebuild(folder, manifest, project, hub, report, asked.inputs)
     return checks
+
+
+def _pushed_signed(project: Project, id: str) -> bool:
+    receipt = read_result(project.store.receipt(id), Receipt)
+    return receipt is not None and any(f.path == SIGNATURE for f in receipt.files)
+
+
+def _not_signed_yet(project: Project) -> Check:
+    with_what = "" if project.ladder.sign and project.ladder.sign.key else " with --sign-key"
+    return Check(name="signature", passed=None, detail=f"not signed yet: push signs{with_what}")
 
 
 def strays_allowed(folder: Path, manifest: Manifest, check: Check) -> Check:

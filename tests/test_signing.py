@@ -27,7 +27,17 @@ from inference.errors import InputError
 from publisher import signing
 from publisher.localhub import LocalHub
 from publisher.push_plan import local_files
-from publisher.signing import PASSWORD, SIGNATURE, Trust, check_signature, read_signature, sign_folder, stale, with_key
+from publisher.signing import (
+    PASSWORD,
+    SIGNATURE,
+    Trust,
+    check_signature,
+    make_signature,
+    read_signature,
+    stale,
+    with_key,
+    write_signature,
+)
 from publisher.variants import load_project
 from publisher.verification import signed_here
 
@@ -105,6 +115,13 @@ def folder(project):
 
 def contents(project):
     return {f.path: f.sha256 for f in local_files(project, "Q4")[1]}
+
+
+def sign_folder(project, id, files):
+    made = make_signature(project, id, files)
+    if made is not None:
+        write_signature(project.store.variant(id), made)
+    return made is not None
 
 
 def sign(project, key):
@@ -332,6 +349,101 @@ def test_a_missing_signature_is_a_fault_only_where_a_key_is_given(built, publish
     publish("verify", ID, cwd=built).ok()
     told = publish("verify", ID, "--public-key", str(keys / "key.pub"), cwd=built).refused(1)
     assert told == f"{ID}: signature: there is none"
+
+
+def change_bench(ladder, publish):
+    """Another bench.json, as a forced build makes one, in the folder's provenance and card."""
+    manifest = json.loads((ladder / f"build/{ID}/manifest.json").read_text())
+    (load_project(ladder / "variants.yaml").store.results(manifest["weights_hash"]) / "bench.json").unlink()
+    publish("card", ID, cwd=ladder).ok()
+
+
+def test_a_push_without_a_key_keeps_a_signature_that_stays_true_and_is_refused_else(ladder, publish, hub, keys):
+    env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE}
+    push, api = ("push", ID, "--yes"), HfApi(hub.url, WRITE)
+    publish(*push, "--prune", "--sign-key", str(keys / "key.pem"), cwd=ladder, env=env).ok()
+    publish("build", ID, "--skip", "smoke", "--skip", "bench", cwd=ladder, env=env).ok()  # the weights come back
+    here = ladder / f"build/{ID}" / SIGNATURE
+    assert not here.exists()
+    first = api.model_info(REPO).sha
+    said = publish(*push, cwd=ladder, env=env).ok().out
+    assert f"{ID}: signature on the hub, kept: {SIGNATURE}" in said
+    assert api.model_info(REPO).sha == first
+    receipt = json.loads(load_project(ladder / "variants.yaml").store.receipt(ID).read_text())
+    assert SIGNATURE in [f["path"] for f in receipt["files"]], "what the hub holds of ours stays on record"
+    ran = publish("status", "--remote", "--json", cwd=ladder, env=env).ok()
+    assert '"in sync"' in ran.out
+
+    # the card is not signed: it goes, and the signature stays
+    card = ladder / f"build/{ID}/README.md"
+    begin = "<!-- notes:begin -->\n"
+    assert begin in card.read_text()
+    card.write_text(card.read_text().replace(begin, f"{begin}A note.\n", 1))
+    publish(*push, cwd=ladder, env=env).ok()
+    assert api.model_info(REPO).sha != first
+    publish("verify", ID, "--remote", "--public-key", str(keys / "key.pub"), cwd=ladder, env=env).ok()
+
+    change_bench(ladder, publish)
+    before = api.model_info(REPO).sha
+    for command in (push, ("push", ID, "--dry-run")):
+        assert publish(*command, cwd=ladder, env=env).refused(3) == (
+            f"{ID}: {REPO} is signed, and this push would make the signature invalid (provenance/results/bench.json was signed "
+            f"and is not there); give --sign-key, or delete {SIGNATURE} on the hub (--overwrite does so)"
+        )
+    assert api.model_info(REPO).sha == before
+    publish(*push, "--overwrite", cwd=ladder, env=env).ok()
+    assert SIGNATURE not in api.list_repo_files(REPO)
+
+
+def test_a_signature_that_no_push_from_here_left_is_guarded_as_well(ladder, publish, hub, keys):
+    env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE}
+    push, api = ("push", ID, "--yes"), HfApi(hub.url, WRITE)
+    publish(*push, cwd=ladder, env=env).ok()
+    api.upload_file(path_or_fileobj=b"of another tool", path_in_repo=SIGNATURE, repo_id=REPO)
+    assert "up to date" in publish(*push, cwd=ladder, env=env).ok().out
+    change_bench(ladder, publish)
+    told = publish(*push, cwd=ladder, env=env).refused(3)
+    assert "would make the signature invalid (provenance/" in told
+    publish(*push, "--sign-key", str(keys / "key.pem"), "--overwrite", cwd=ladder, env=env).ok()
+    publish("verify", ID, "--remote", "--public-key", str(keys / "key.pub"), cwd=ladder, env=env).ok()
+
+
+def test_a_dry_run_and_a_push_that_nobody_confirmed_leave_no_signature(ladder, publish, hub, keys):
+    env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE}
+    here, key = ladder / f"build/{ID}" / SIGNATURE, ("--sign-key", str(keys / "key.pem"))
+    said = publish("push", ID, "--dry-run", *key, cwd=ladder, env=env).ok().out
+    assert f"{ID}: would sign" in said
+    assert not here.exists()
+    publish("push", ID, *key, cwd=ladder, env=env).refused(2)  # not a terminal, and no --yes
+    assert not here.exists()
+    publish("push", ID, "--yes", *key, cwd=ladder, env=env).ok()
+    mine = here.read_bytes()
+    assert "would sign" not in publish("push", ID, "--dry-run", *key, cwd=ladder, env=env).ok().out
+    # another key: a signature of the same size, most of the time, must not be taken for the one that is here
+    other = ("--sign-key", str(keys / "other.pem"))
+    said = publish("push", ID, "--dry-run", *other, "--json", cwd=ladder, env=env).ok().out
+    assert json.loads(said)["plans"][0]["update"] == [SIGNATURE]
+    assert here.read_bytes() == mine
+
+
+def test_not_signed_yet_is_no_fault_before_the_push_that_signs(ladder, publish, hub, keys):
+    env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE}
+    yaml = ladder / "variants.yaml"
+    text = yaml.read_text()
+    for spec, told in (
+        (f"{{key: {keys}/key.pem, public_key: {keys}/key.pub}}", "not signed yet: push signs"),
+        (f"{{public_key: {keys}/key.pub}}", "not signed yet: push signs with --sign-key"),
+    ):
+        yaml.write_text(f"{text}sign: {spec}\n")
+        ran = publish("verify", ID, "--json", cwd=ladder).ok()
+        (check,) = [c for c in json.loads(ran.out)[ID] if c["name"] == "signature"]
+        assert (check["passed"], check["detail"]) == (None, told)
+    publish("push", ID, "--yes", "--sign-key", str(keys / "key.pem"), cwd=ladder, env=env).ok()
+    publish("verify", ID, cwd=ladder, env=env).ok()
+    (ladder / f"build/{ID}" / SIGNATURE).unlink()
+    assert publish("verify", ID, cwd=ladder, env=env).refused(1) == f"{ID}: signature: there is none"
+    HfApi(hub.url, WRITE).delete_file(SIGNATURE, REPO)
+    assert "signature: there is none" in publish("verify", ID, "--remote", cwd=ladder, env=env).refused(1)
 
 
 def test_a_build_replaces_weights_and_drops_their_signature(ladder, publish, keys):
