@@ -20,6 +20,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 from click.testing import CliRunner
+from variant_folder import make_project, make_variant
 
 EXAMPLE = Path(__file__).parents[1] / "examples/tiny"
 # the example's protocols take a minute on a busy machine; what they do is the same with fewer tokens
@@ -159,3 +160,16 @@ def run_process(*args: str, cwd: Path, env: dict[str, str] | None = None, stdin:
         capture_output=True, timeout=timeout,
     )  # fmt: skip
     return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A ladder with one variant, Q4, in a folder as a build leaves it, without building."""
+    project = make_project(tmp_path)
+    make_variant(project)
+    return project
+
+
+@pytest.fixture
+def folder(project):
+    return project.store.variant("Q4")

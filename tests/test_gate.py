@@ -11,18 +11,6 @@ from publisher.gate import gate
 from publisher.schema import Manifest
 
 
-@pytest.fixture
-def project(tmp_path):
-    project = make_project(tmp_path)
-    make_variant(project)
-    return project
-
-
-@pytest.fixture
-def folder(project):
-    return project.store.variant("Q4")
-
-
 def manifest(project):
     return Manifest.model_validate_json(project.store.manifest("Q4").read_bytes())
 

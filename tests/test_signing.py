@@ -101,18 +101,6 @@ def certificate(name, key, issuer, issuer_key, authority):
     return made.sign(issuer_key, hashes.SHA256())
 
 
-@pytest.fixture
-def project(tmp_path):
-    project = make_project(tmp_path)
-    make_variant(project)
-    return project
-
-
-@pytest.fixture
-def folder(project):
-    return project.store.variant("Q4")
-
-
 def contents(project):
     return {f.path: f.sha256 for f in local_files(project, "Q4")[1]}
 

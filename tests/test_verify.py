@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from variant_folder import make_project, make_variant, pack, quantization, seal, write_config, write_safetensors
+from variant_folder import pack, quantization, seal, write_config, write_safetensors
 
 from inference.checkpoint import read_header
 from publisher import verify
@@ -19,18 +19,6 @@ from publisher.schema import Manifest
 from publisher.verify import verify_folder
 
 UP = "model.layers.0.mlp.up_proj"
-
-
-@pytest.fixture
-def project(tmp_path):
-    project = make_project(tmp_path)
-    make_variant(project)
-    return project
-
-
-@pytest.fixture
-def folder(project):
-    return project.store.variant("Q4")
 
 
 def failures(folder):
