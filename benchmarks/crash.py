@@ -1,6 +1,7 @@
 """Kill `publish build` and `publish push` (SIGKILL) at every boundary and at random moments; the same command must heal it.
 
     python benchmarks/crash.py [--random 20] [--every 1] [--scenarios build,push] [--json OUT] [--work FOLDER]
+                               [--workers N] [--until SECONDS] [--continue RECORD]
 
 Each run starts from the same folders and the same hub (the built-in one, with the real client), is killed, and after
 that the same command runs again to its end. Then folders, receipts, results, the remote's history, trees, tags, pull
@@ -12,7 +13,10 @@ on the hub that an undisturbed run does not make. Boundaries:
     answer   when the hub has acted on a request, before it answers
     random   anywhere
 
-Undisturbed runs take a second or two: commands run in forks of a process that has imported everything (`crash_server.py`).
+Undisturbed runs take a few seconds: commands run in forks of a process that has imported everything (`crash_server.py`).
+The kills of all scenarios come in one shuffled order, and the record is written as they are made: a run that is cut off, or
+ends by itself at `--until`, leaves an even spread and the list of what is left, which `--continue` takes up. `--workers`
+shares the kills out to processes with a folder, a port and a hub each.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -65,6 +69,7 @@ TIMES = {"built_at", "pushed_at", "measured_at", "released_at", "tagged_at", "wa
 UNLIKE = {"build.json": {"variants", "bytes_read", "bytes_written", "peak_gb"}}  # how a build went, not what it made
 NAMES = re.compile(r"demo/\S+|(?<=\.)[a-z0-9_]{8}(?=\.part)|\b[0-9a-f]{16,}\b")  # drawn anew by every run
 RUN_S = 120  # of one run; a machine may be busy
+WRITE_S = 10  # between two records of a run that goes on
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,15 @@ class Kills:
     ended_before: int = 0
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    left: set[str] = field(default_factory=set)  # kills that were planned and not tried yet
 
     def row(self) -> dict[str, Any]:
-        return self.__dict__ | {"kills": dict(self.kills), "places": dict(sorted(self.places.items()))}
+        return self.__dict__ | {
+            "kills": dict(self.kills),
+            "places": dict(sorted(self.places.items())),
+            "seconds": round(self.seconds, 1),
+            "left": sorted(self.left),
+        }
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -121,16 +132,18 @@ class Kills:
 class Runner:
     """The fork server, and one work folder: `project`, `home` and `hub` in it are restored before every run."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, share: int) -> None:
         self.work, self.project = work, work / "project"
-        self.port = _free_port()
+        self.port = _free_port(share)
+        shutil.rmtree(work / "templates", ignore_errors=True)  # of another run, and another hub
         for name in ("home", "templates"):
             (work / name).mkdir(parents=True, exist_ok=True)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         env = kept | {
             "HF_ENDPOINT": f"http://127.0.0.1:{self.port}", "HF_HOME": str(work / "home"), "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",  # the work is tiny, and other workers have the other cores
         }  # fmt: skip
         self.server = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("crash_server.py"))], env=env, cwd=ROOT, text=True,
@@ -250,12 +263,16 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _free_port() -> int:
+def _free_port(share: int) -> int:
+    """Below the ports that systems draw for outgoing connections: the hub comes back to its port for every run, and with
+    several workers one of their connections would have it now and then."""
     import socket
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    for port in range(first := 20000 + 200 * (share % 50) + os.getpid() % 100, first + 100):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise SystemExit(f"no free port from {first} on")
 
 
 # ------------------------------------------------------------------------------------------------ looking
@@ -300,28 +317,35 @@ def _timeless(value: Any, drop: set[str]) -> Any:
 
 def remote_state(url: str) -> dict[str, Any]:
     """Every repo's history with trees, tags and pull requests, and the collections, as any client can read them."""
+    with httpx2.Client(
+        base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60, follow_redirects=True, trust_env=False
+    ) as client:
+        return _remote_state(client)
+
+
+def _remote_state(client: httpx2.Client) -> dict[str, Any]:
     repos: dict[str, Any] = {}
-    for info in _get(url, "/api/models?author=demo"):
+    for info in _get(client, "/api/models?author=demo"):
         repo = info["id"]
         api = f"/api/models/{repo}"
-        history = [c["id"] for c in reversed(_get(url, f"{api}/commits/main"))]
-        titles = [c["title"] for c in reversed(_get(url, f"{api}/commits/main"))]
-        refs = _get(url, f"{api}/refs?include_prs=1")
+        commits = _get(client, f"{api}/commits/main")[::-1]
+        history, titles = [c["id"] for c in commits], [c["title"] for c in commits]
+        refs = _get(client, f"{api}/refs?include_prs=1")
         at = {oid: i for i, oid in enumerate(history)}
         proposed = {
-            p["ref"]: [c["id"] for c in reversed(_get(url, f"{api}/commits/{_quote(p['ref'])}"))]
+            p["ref"]: [c["id"] for c in reversed(_get(client, f"{api}/commits/{_quote(p['ref'])}"))]
             for p in refs.get("pullRequests", ())
         }
         repos[repo] = {
             "ids": [(i, oid) for oid, i in at.items()]
             + [(f"{ref} {i}", oid) for ref, ids in proposed.items() for i, oid in enumerate(ids) if oid not in at],
-            "private": _get(url, api)["private"],
-            "commits": [[title, _tree(url, repo, oid)] for title, oid in zip(titles, history, strict=True)],
+            "private": _get(client, api)["private"],
+            "commits": [[title, _tree(client, repo, oid)] for title, oid in zip(titles, history, strict=True)],
             "branches": {b["name"]: at.get(b["targetCommit"]) for b in refs["branches"]},
             "tags": {t["name"]: at.get(t["targetCommit"]) for t in refs["tags"]},
-            "pulls": {ref: [_tree(url, repo, oid) for oid in ids] for ref, ids in proposed.items()},
+            "pulls": {ref: [_tree(client, repo, oid) for oid in ids] for ref, ids in proposed.items()},
         }
-    found = [_get(url, f"/api/collections/{c['slug']}") for c in _get(url, "/api/collections?owner=demo")]
+    found = [_get(client, f"/api/collections/{c['slug']}") for c in _get(client, "/api/collections?owner=demo")]
     repos["collections"] = [
         {
             "title": c["title"],
@@ -334,16 +358,21 @@ def remote_state(url: str) -> dict[str, Any]:
     return repos
 
 
-def _tree(url: str, repo: str, oid: str) -> str:
+_trees: dict[tuple[str, str], str] = {}  # what a commit holds never changes: read once
+
+
+def _tree(client: httpx2.Client, repo: str, oid: str) -> str:
     """One hash over all files of a commit. Raises AssertionError for a commit that is not whole."""
-    entries = [e for e in _get(url, f"/api/models/{repo}/tree/{oid}?recursive=true") if e["type"] == "file"]
+    if (repo, oid) in _trees:
+        return _trees[repo, oid]
+    entries = [e for e in _get(client, f"/api/models/{repo}/tree/{oid}?recursive=true") if e["type"] == "file"]
     files = {e["path"]: (e.get("lfs") or e)["oid"] for e in entries}
     if set(files) != {".gitattributes"}:
         assert "manifest.json" in files, f"{repo}: commit {oid[:8]} has files, but no manifest.json"
-        manifest = json.loads(_read(url, f"/{repo}/resolve/{oid}/manifest.json"))
+        manifest = json.loads(_read(client, f"/{repo}/resolve/{oid}/manifest.json"))
         listed = {f["path"]: (f["size"], f["sha256"]) for f in manifest["files"]}
         for path, (size, sha256) in listed.items():
-            data = _read(url, f"/{repo}/resolve/{oid}/{path}") if path in files else b""
+            data = _read(client, f"/{repo}/resolve/{oid}/{path}") if path in files else b""
             whole = len(data) == size and hashlib.sha256(data).hexdigest() == sha256
             assert whole, f"{repo}: commit {oid[:8]}: {path} is not what its manifest.json says"
         assert "README.md" in files, f"{repo}: commit {oid[:8]} has no card"
@@ -351,28 +380,19 @@ def _tree(url: str, repo: str, oid: str) -> str:
         assert not stray, f"{repo}: commit {oid[:8]} holds {sorted(stray)}, which its manifest.json does not list"
     for path in files:
         if path.endswith((".json", ".md", ".sig")):
-            data = _plain(path, _read(url, f"/{repo}/resolve/{oid}/{path}"), {})
+            data = _plain(path, _read(client, f"/{repo}/resolve/{oid}/{path}"), {})
             files[path] = hashlib.sha256(data).hexdigest()
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    _trees[repo, oid] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return _trees[repo, oid]
 
 
-def _get(url: str, path: str) -> Any:
-    return json.loads(_read(url, path))
+def _get(client: httpx2.Client, path: str) -> Any:
+    return json.loads(_read(client, path))
 
 
-_trees: dict[str, bytes] = {}  # what a commit holds never changes: read once
-
-
-def _read(url: str, path: str) -> bytes:
-    fixed = re.search(r"/(tree|resolve)/[0-9a-f]{40}", path)
-    if fixed and path in _trees:
-        return _trees[path]
-    answer = httpx2.get(
-        url + path, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60, follow_redirects=True, trust_env=False
-    )
+def _read(client: httpx2.Client, path: str) -> bytes:
+    answer = client.get(path)
     answer.raise_for_status()
-    if fixed:
-        _trees[path] = answer.content
     return answer.content
 
 
@@ -409,54 +429,95 @@ def unknown_commits(want: State, have: State) -> list[str]:
 
 
 def prepare(runner: Runner, scenario: Scenario) -> None:
-    for part in ("project", "home", "hub"):
-        shutil.rmtree(runner.work / part, ignore_errors=True)
-        (runner.work / part).mkdir()
-    for name in ("model", "imatrix-tiny.gguf"):
-        (runner.project / name).symlink_to(ROOT / "examples/tiny" / name)
-    for ladder, args in scenario.before:
-        (runner.project / "variants.yaml").write_text(ladder)
-        with runner.hub():
-            ended = runner.run(args)
-        if ended.status:
-            raise SystemExit(f"{scenario.name}: preparing with {args} exited {ended.status}\n{runner.log()}")
+    """Save the scenario's state before its command. What scenarios have in common of it is made once."""
+    start(runner, scenario.before)
     (runner.project / "variants.yaml").write_text(scenario.ladder)
     runner.save(scenario.name)
 
 
-def disturb(runner: Runner, scenario: Scenario, every: int, offset: int, at_random: int, seed: int) -> Kills:
-    """All kills of one scenario. every, offset: take each n-th boundary only, from that one on."""
+def start(runner: Runner, steps: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
+    name = "after " + hashlib.sha256(repr(steps).encode()).hexdigest()[:16]
+    if (runner.work / "templates" / name).is_dir():
+        runner.restore(name)
+        return
+    if not steps:
+        for part in ("project", "home", "hub"):
+            shutil.rmtree(runner.work / part, ignore_errors=True)
+            (runner.work / part).mkdir()
+        for file in ("model", "imatrix-tiny.gguf"):
+            (runner.project / file).symlink_to(ROOT / "examples/tiny" / file)
+        return
+    start(runner, steps[:-1])
+    ladder, args = steps[-1]
+    (runner.project / "variants.yaml").write_text(ladder)
+    with runner.hub():
+        ended = runner.run(args)
+    if ended.status:
+        raise SystemExit(f"preparing with {args} exited {ended.status}\n{runner.log()}")
+    runner.save(name)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A scenario, what an undisturbed run of it leaves, and what came of its kills. boundaries: names, in their order."""
+
+    scenario: Scenario
+    want: State
+    boundaries: list[str]
+    kills: Kills
+
+    def label(self, when: str, at: float) -> str:
+        return f"{when} {at} ({self.boundaries[int(at) - 1]})" if when == "file" else f"{when} {at}"
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill. when: `file`, `request`, `answer` or `random`. at: which one, from 1; seconds from the start if random."""
+
+    target: Target
+    key: str  # the same in every run with the same seed
+    when: str
+    at: float
+
+
+def undisturbed(runner: Runner, scenario: Scenario) -> Target:
     prepare(runner, scenario)
-    result = Kills(scenario.name)
-    started = time.monotonic()
     wire.expect("", 0)
     with runner.hub() as hub:
         ended = runner.run(scenario.args)
         if ended.status:
             raise SystemExit(f"{scenario.name}: undisturbed it exited {ended.status}\n{runner.log()}")
         want = look(runner, hub.url)
-    result.undisturbed_s = round(ended.seconds, 2)
-    result.boundaries, result.requests = len(ended.boundaries), wire.count
-    chance = random.Random(seed)
-    plan = [("file", n) for n in range(1, len(ended.boundaries) + 1)]
-    plan += [(when, n) for n in range(1, wire.count + 1) for when in ("request", "answer")]
-    plan = plan[offset::every]
-    plan += [("random", chance.uniform(0, ended.seconds)) for _ in range(at_random)]
-    for when, at in plan:
-        if when == "file":
-            result.places[NAMES.sub("*", ended.boundaries[int(at) - 1])] += 1
-        name = f"{scenario.name}: {when} {at if when != 'file' else f'{at} ({ended.boundaries[int(at) - 1]})'}"
-        try:
-            faults = _cycle(runner, scenario, want, when, at, result)
-        except AssertionError as e:
-            faults = [str(e)]
-        if sum(result.kills.values()) % 10 == 0:
-            print(f"  {scenario.name}: {result.kills.total()} of {len(plan)}", file=sys.stderr, flush=True)
-        if faults:
-            print(f"  {name}: {'; '.join(faults)[:2000]}", flush=True)
-            result.failures += [f"{name}: {f}" for f in faults]
-    result.seconds = round(time.monotonic() - started, 1)
-    return result
+    kills = Kills(scenario.name, round(ended.seconds, 2), len(ended.boundaries), wire.count)
+    return Target(scenario, want, ended.boundaries, kills)
+
+
+def plan(target: Target, every: int, offset: int, at_random: int, seed: int, share: tuple[int, int]) -> list[Kill]:
+    """Kills of one scenario. every, offset: each n-th boundary only, from that one on. share: k, N, for the k-th of N."""
+    k, chance = target.kills, random.Random(seed)
+    kills = [Kill(target, f"file {n}", "file", n) for n in range(1, k.boundaries + 1)]
+    kills += [Kill(target, f"{w} {n}", w, n) for n in range(1, k.requests + 1) for w in ("request", "answer")]
+    kills = kills[offset::every]
+    moments = [chance.uniform(0, k.undisturbed_s) for _ in range(at_random)]
+    kills += [Kill(target, f"random {n}", "random", at) for n, at in enumerate(moments, 1)]
+    return kills[share[0] :: share[1]]
+
+
+def disturb(runner: Runner, kill: Kill) -> None:
+    target, k = kill.target, kill.target.kills
+    if kill.when == "file":
+        k.places[NAMES.sub("*", target.boundaries[int(kill.at) - 1])] += 1
+    name = f"{k.scenario}: {target.label(kill.when, kill.at)}"
+    started = time.monotonic()
+    try:
+        faults = _cycle(runner, target.scenario, target.want, kill.when, kill.at, k)
+    except AssertionError as e:
+        faults = [str(e)]
+    k.seconds += time.monotonic() - started
+    k.left.remove(kill.key)
+    if faults:
+        print(f"  {name}: {'; '.join(faults)[:2000]}", flush=True)
+        k.failures += [f"{name}: {f}" for f in faults]
 
 
 def _cycle(runner: Runner, scenario: Scenario, want: State, when: str, at: float, result: Kills) -> list[str]:
@@ -486,45 +547,144 @@ def main() -> int:
     parser.add_argument("--offset", type=int, default=0, help="from this boundary on, to spread all over several runs")
     parser.add_argument("--scenarios", default="", help="names, separated by commas; default all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the kills")
+    parser.add_argument("--until", type=float, default=float("inf"), help="start no kill after so many seconds")
+    parser.add_argument("--continue", type=Path, dest="resume", help="only what this record says is left; added to it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--merge", type=Path, nargs="+", help="kill nothing; put the records of several runs into one")
     parser.add_argument("--work", type=Path, help="default: a new folder, removed at the end")
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("K", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.merge:
-        rows = [row for path in args.merge for row in json.loads(path.read_text())["scenarios"]]
-        args.json.write_text(json.dumps(record(merged(rows)), indent=1) + "\n")
+        write(args.json, merged(rows_of(args.merge)))
         return 0
-    chosen = [s for s in SCENARIOS if not args.scenarios or s.name in args.scenarios.split(",")]
-    HubApp.__call__ = watched
+    before = rows_of([args.resume]) if args.resume else []
     with tempfile.TemporaryDirectory() as temp:
-        runner = Runner(args.work.absolute() if args.work else Path(temp))
-        done = []
-        for scenario in chosen:
-            done.append(disturb(runner, scenario, args.every, args.offset, args.random, args.seed))
-            k = done[-1]
-            print(
-                f"{k.scenario}: undisturbed {k.undisturbed_s} s, {k.boundaries} boundaries, {k.requests} requests; "
-                f"{k.kills.total()} kills {dict(k.kills)} in {k.seconds} s, {len(k.failures)} faults",
-                flush=True,
-            )
+        work = args.work.absolute() if args.work else Path(temp)
+        rows, failed = share_out(args, work, before) if args.workers > 1 else (work_through(args, work, before), False)
+    for row in rows:
+        print(
+            f"{row['scenario']}: undisturbed {row['undisturbed_s']} s, {row['boundaries']} boundaries, {row['requests']} "
+            f"requests; {sum(row['kills'].values())} kills {row['kills']} in {row['seconds']} s, "
+            f"{len(row['left'])} left, {len(row['failures'])} faults",
+            flush=True,
+        )
+    total, faults = sum(sum(row["kills"].values()) for row in rows), sum(len(row["failures"]) for row in rows)
+    print(f"{total} kills, {sum(len(row['left']) for row in rows)} left, {faults} faults", flush=True)
+    return 1 if faults or failed else 0
+
+
+def work_through(args: argparse.Namespace, work: Path, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The kills of one process. before: rows of a record to go on with; what a share returns is its own part alone."""
+    began, told = time.monotonic(), time.monotonic()
+    only = {row["scenario"]: row["left"] for row in before} if args.resume else None
+    base = before if tuple(args.share) == (0, 1) else []
+    chosen = [s for s in SCENARIOS if not args.scenarios or s.name in args.scenarios.split(",")]
+    chosen = [s for s in chosen if only is None or only.get(s.name)]
+    HubApp.__call__ = watched
+    runner = Runner(work, args.share[0])
+    targets = [undisturbed(runner, scenario) for scenario in chosen]
+    kills: list[Kill] = []
+    for target in targets:
+        new = plan(target, args.every, args.offset, args.random, args.seed, args.share)
+        new = [kill for kill in new if only is None or kill.key in only[target.scenario.name]]
+        target.kills.left = {kill.key for kill in new}
+        kills += new
+    random.Random(args.seed).shuffle(kills)
+
+    def rows() -> list[dict[str, Any]]:
+        return continued(base, [target.kills.row() for target in targets])
+
+    for n, kill in enumerate(kills):
+        if n == 0 or time.monotonic() - told > WRITE_S:
+            told = time.monotonic()
+            print(f"  worker {args.share[0]}: {n} of {len(kills)}, {told - began:.0f} s", file=sys.stderr, flush=True)
             if args.json:
-                args.json.write_text(json.dumps(record([k.row() for k in done]), indent=1) + "\n")
-        runner.close()
-    total, faults = sum(k.kills.total() for k in done), sum(len(k.failures) for k in done)
-    print(f"{total} kills, {faults} faults", flush=True)
-    return 1 if faults else 0
+                write(args.json, rows())
+        if time.monotonic() - began > args.until:
+            break
+        disturb(runner, kill)
+    runner.close()
+    if args.json:
+        write(args.json, rows())
+    return rows()
+
+
+def share_out(args: argparse.Namespace, work: Path, before: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    """Processes of this script, each with its share of the kills; their records are put into one as they grow.
+
+    Returns the rows, and whether a share was not worked through (its process has said why).
+    """
+    passed = ["--random", args.random, "--every", args.every, "--offset", args.offset, "--scenarios", args.scenarios]
+    passed += ["--seed", args.seed, "--until", args.until]
+    passed += ["--continue", args.resume.absolute()] if args.resume else []
+    parts = [work / f"{k}.json" for k in range(args.workers)]
+    began, processes = time.monotonic(), []
+    for k, part in enumerate(parts):
+        part.unlink(missing_ok=True)
+        own = ["--share", k, args.workers, "--json", part, "--work", work / str(k)]
+        command = [sys.executable, __file__, *map(str, [*passed, *own])]
+        processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))  # what it prints is in its part
+    rows: list[dict[str, Any]] = []
+    told, going = {fault for row in before for fault in row["failures"]}, True
+    while going:
+        time.sleep(1)
+        going = any(p.poll() is None for p in processes)
+        there = [part for part in parts if part.is_file()]
+        if going and len(there) < len(parts):
+            continue  # a record that says what is left must know of every share
+        rows = continued(before, merged(rows_of(there)))
+        faults = {fault for row in rows for fault in row["failures"]}
+        for fault in sorted(faults - told):
+            print(f"  {fault[:2000]}", flush=True)
+        told |= faults
+        if args.json:
+            write(args.json, rows)
+    failed = False
+    for k, (process, part) in enumerate(zip(processes, parts, strict=True)):
+        if process.returncode not in (0, 1) or not part.is_file():
+            after_s = time.monotonic() - began
+            print(f"worker {k} ended with {process.returncode} after {after_s:.0f} s, its share not done", flush=True)
+            failed = True
+        for row in rows_of([part]) if part.is_file() else ():
+            all_of = next(r for r in rows if r["scenario"] == row["scenario"])
+            for what in ("boundaries", "requests"):
+                if row[what] != all_of[what]:
+                    print(f"worker {k}: {row['scenario']} has {row[what]} {what}, not {all_of[what]}", flush=True)
+                    failed = True
+    return rows, failed
+
+
+def rows_of(records: Sequence[Path]) -> list[dict[str, Any]]:
+    """Rows of several records. `left` is empty in those of before it was recorded."""
+    return [{"left": []} | row for path in records for row in json.loads(path.read_text())["scenarios"]]
+
+
+def continued(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a record and of the run that goes on with it; the latter says what is left now."""
+    now = {row["scenario"] for row in rows}
+    return merged([row | {"left": [] if row["scenario"] in now else row["left"]} for row in before] + rows)
 
 
 def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a scenario, of runs that took different boundaries."""
     out: dict[str, dict[str, Any]] = {}
     for row in rows:
-        into = out.setdefault(row["scenario"], row)
-        if into is not row:
-            into |= {key: into[key] + row[key] for key in ("ended_before", "failures", "seconds")}
-            into |= {key: dict(Counter(into[key]) + Counter(row[key])) for key in ("kills", "places")}
+        if row["scenario"] not in out:
+            out[row["scenario"]] = dict(row)
+            continue
+        into = out[row["scenario"]]
+        into |= {key: into[key] + row[key] for key in ("ended_before", "failures", "left")}
+        into |= {key: dict(Counter(into[key]) + Counter(row[key])) for key in ("kills", "places")}
+        into["seconds"] = round(into["seconds"] + row["seconds"], 1)
     order = [s.name for s in SCENARIOS]
     return sorted(out.values(), key=lambda row: order.index(row["scenario"]))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(record(rows), indent=1) + "\n")
+    part.replace(path)
 
 
 def record(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -532,6 +692,7 @@ def record(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "kills": sum(sum(row["kills"].values()) for row in rows),
         "faults": sum(len(row["failures"]) for row in rows),
+        "left": sum(len(row["left"]) for row in rows),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "scenarios": rows,
     }

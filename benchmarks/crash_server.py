@@ -8,6 +8,7 @@ as the start and end of every call to the hub.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -59,6 +60,8 @@ def preload() -> None:
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
     importlib.import_module("matplotlib.backends.backend_agg")
+    gc.collect()
+    gc.freeze()  # a fork's collections need not look through all of this again, nor copy its pages by doing so
 
 
 def run(job: dict[str, Any], count: int) -> None:

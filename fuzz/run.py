@@ -1,8 +1,8 @@
 """Runs the fuzz targets with atheris for a stated time each, and says what came of it.
 
-    python fuzz/run.py [TARGET...] [--seconds 300] [--out fuzz-out] [--json]
+    python fuzz/run.py [TARGET...] [--seconds 300] [--jobs 1] [--out fuzz-out] [--json]
 
-Every target runs in a process of its own, one after the other, from its corpus in fuzz/corpus/TARGET. What an execution
+Every target runs in a process of its own, `--jobs` of them at a time, from its corpus in fuzz/corpus/TARGET. What an execution
 raises is kept once by its type and place, below OUT/findings/TARGET, and the run goes on; a hang or a loss of memory ends
 the process, is kept too, and the target goes on in a new one with the time that is left. Inputs that reach new code are
 below OUT/corpus/TARGET; `--minimise` then takes the few that reach what no smaller one does into the repository's corpus.
@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", choices=[[], *targets.TARGETS], metavar="TARGET")
     parser.add_argument("--seconds", type=int, default=300)
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="targets at a time; more than there are cores slow each other"
+    )
     parser.add_argument("--out", type=Path, default=Path("fuzz-out"))
     parser.add_argument("--minimise", action="store_true", help="merge what OUT holds into the corpus; fuzz nothing")
     parser.add_argument("--json", action="store_true")
@@ -220,13 +224,16 @@ def main() -> None:
         for name in chosen:
             minimise(name, given.out)
         return
-    rows = []
-    for name in chosen:
-        rows.append(fuzz(name, given.seconds, given.out))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    rows: list[dict[str, Any]] = []
     summary = {"python": platform.python_version(), "machine": platform.machine(), "rows": rows}
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "fuzz.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with ThreadPoolExecutor(given.jobs) as pool:
+        runs = [pool.submit(fuzz, name, given.seconds, given.out) for name in chosen]
+        for run in as_completed(runs):
+            print(json.dumps(run.result()), file=sys.stderr, flush=True)
+            rows[:] = [run.result() for run in runs if run.done()]
+            # at every end of a target: a run that is cut off leaves a record too
+            (given.out / "fuzz.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1) if given.json else table(rows))
 
 

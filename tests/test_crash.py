@@ -65,3 +65,21 @@ def test_a_commit_that_is_not_whole_is_seen(tmp_path, crash):
         assert crash.differences(before, after)
         assert crash.unknown_commits(after, before)
         assert not crash.unknown_commits(before, after)
+
+
+def test_workers_share_all_kills_and_a_cut_record_is_continued(crash):
+    scenario = crash.SCENARIOS[0]
+    target = crash.Target(scenario, crash.State({}, {}), ["mkdir"] * 7, crash.Kills(scenario.name, 2.0, 7, 3))
+    everything = [kill.key for kill in crash.plan(target, 1, 0, 4, 0, (0, 1))]
+    shares = [kill.key for k in range(3) for kill in crash.plan(target, 1, 0, 4, 0, (k, 3))]
+    assert len(everything) == 7 + 3 * 2 + 4
+    assert sorted(shares) == sorted(everything)
+
+    cut, again = crash.Kills("build", left={"file 1", "file 2"}), crash.Kills("build", left={"file 2"})
+    for kills in (cut, again):
+        kills.kills["file"] += 1
+        kills.failures.append("x")
+    other = crash.Kills("push", left={"answer 1"})
+    build, push = crash.continued([other.row(), cut.row()], [again.row()])
+    assert (build["kills"], build["left"], build["failures"]) == ({"file": 2}, ["file 2"], ["x", "x"])
+    assert push["left"] == ["answer 1"]
