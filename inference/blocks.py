@@ -6,14 +6,18 @@ CPU). Everything can be differentiated with `mx.vjp`.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
-from .backend import fused, mx
-from .cache import Cache
-from .linear import Linear
+from .backend import compiled, fused, mx
+from .cache import Cache, DeltaCache, KVCache
+from .linear import Linear, SameInput
 
 SCORE_BYTES = 256 << 20  # largest block of attention scores, where the backend has no fused kernel
+# From this many tokens on, a forward pass is computed as it is built, this many layers behind, so that the temporaries of
+# no more layers are there at once: at 9B and 2048 tokens on an H100, all 32 took 13 GB.
+EVALUATED_TOKENS, LAYERS_AHEAD = 64, 1
 
 
 class Weights(Protocol):
@@ -25,13 +29,15 @@ class Weights(Protocol):
 
 class MLP:
     def __init__(self, prefix: str, weights: Weights) -> None:
-        self.gate_proj, self.up_proj, self.down_proj = (
-            weights.linear(prefix + p) for p in ("gate_proj", "up_proj", "down_proj")
-        )
+        self.gate_up = SameInput(*(weights.linear(prefix + p) for p in ("gate_proj", "up_proj")))
+        self.down_proj = weights.linear(prefix + "down_proj")
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, T, H] → [B, T, H]"""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*self.gate_up(x)))
+
+    def fuse(self) -> None:
+        self.gate_up.fuse()
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -63,26 +69,90 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
+class Attention(Protocol):
+    """Attention in three parts: what depends on x and its position alone, the reading of the cache, what follows."""
+
+    def before(self, x: mx.array, start: int | mx.array) -> tuple[mx.array, ...]:
+        """[B, T, H] → q [B, Hq, T, D], k and v [B, Hkv, T, D], and what `after` wants beside the heads' output."""
+        ...
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array: ...
+    def after(self, y: mx.array, *rest: mx.array) -> mx.array: ...
+
+
+class Recurrent(Protocol):
+    """A mixer whose memory has one size, however long the sequence."""
+
+    def advance(
+        self, x: mx.array, conv: tuple[mx.array, ...] | None, state: mx.array | None
+    ) -> tuple[mx.array, tuple[mx.array, ...], mx.array]: ...
+
+
+class DecoderLayer:
+    """x + mixer(norm(x)), then x + mlp(norm(x)): what the layers of every family have in common."""
+
+    eps: float
+    input_layernorm: mx.array
+    post_attention_layernorm: mx.array
+    mixer: Any  # Attention or Recurrent
+    mlp: Any  # [B, T, H] → [B, T, H]
+
+    def __call__(self, x: mx.array, cache: KVCache | DeltaCache) -> mx.array:
+        """[B, T, H] → [B, T, H]; the cache is brought up to date."""
+        if isinstance(cache, DeltaCache):
+            x, cache.conv, cache.state = self.advance(x, cache.conv, cache.state)
+            return x
+        q, k, v, *rest = self.before(x, cache.length)
+        return self.after(x, self.mixer.attend(q, *cache.append(k, v)), *rest)
+
+    def advance(
+        self, x: mx.array, conv: tuple[mx.array, ...] | None, state: mx.array | None
+    ) -> tuple[mx.array, tuple[mx.array, ...], mx.array]:
+        """A whole layer with a recurrent mixer."""
+        y, *memory = self.mixer.advance(rms_norm(x, self.input_layernorm, self.eps), conv, state)
+        return self._feed_forward(x + y), *memory
+
+    def before(self, x: mx.array, start: int | mx.array) -> tuple[mx.array, ...]:
+        """A layer with attention, up to the cache; start: the position of the first token."""
+        return self.mixer.before(rms_norm(x, self.input_layernorm, self.eps), start)
+
+    def after(self, x: mx.array, y: mx.array, *rest: mx.array) -> mx.array:
+        """And from there on. x: as `before` got it; y: the heads' output."""
+        return self._feed_forward(x + self.mixer.after(y, *rest))
+
+    def fuse(self) -> None:
+        """Join matrices that read one input."""
+        self.mixer.fuse()
+        self.mlp.fuse()
+
+    def _feed_forward(self, x: mx.array) -> mx.array:
+        return x + self.mlp(rms_norm(x, self.post_attention_layernorm, self.eps))
+
+
 class Decoder:
     """A whole text model: embedding, layers, last norm, output. `layers[i]`, `hidden` and `logits` can be used one by one.
 
-    A family says where its tensors lie (`prefix`, `output`) and what a layer is (`make_layer`: one that is called as
-    layer(x, cache entry)).
+    A family says where its tensors lie (`prefix`, `output`) and what a layer is (`make_layer`).
     """
 
     prefix: ClassVar[str]  # of the module paths
     output: ClassVar[str]  # module path of an output matrix that is not tied to the embedding
 
     @staticmethod
-    def make_layer(cfg: Any, index: int, weights: Weights) -> Callable[[mx.array, Any], mx.array]:
+    def make_layer(cfg: Any, index: int, weights: Weights) -> DecoderLayer:
         raise NotImplementedError
 
     def __init__(self, cfg: Any, weights: Weights) -> None:
         self.cfg = cfg
         self.embed_tokens = weights.linear(self.prefix + "embed_tokens")
-        self.layers = [self.make_layer(cfg, i, weights) for i in range(cfg.num_hidden_layers)]
+        self.layers: list[DecoderLayer] = []
+        for i in range(cfg.num_hidden_layers):
+            layer = self.make_layer(cfg, i, weights)
+            layer.fuse()  # one layer after the other, so that no more than one is there twice
+            self.layers.append(layer)
         self.norm = weights.array(self.prefix + "norm.weight")
         self.lm_head = self.embed_tokens if cfg.tie_word_embeddings else self.head(cfg, weights)
+        self._stages: list[Callable[..., Any]] | None = None
 
     @classmethod
     def head(cls, cfg: Any, weights: Weights) -> Linear:
@@ -92,14 +162,78 @@ class Decoder:
     def hidden(self, tokens: mx.array, cache: Cache) -> mx.array:
         """tokens [B, T], which follow those in the cache → states after the last norm [B, T, H]."""
         x = self.embed_tokens.rows(tokens)
+        begun: deque[mx.array] = deque()
         for layer, entry in zip(self.layers, cache.layers, strict=True):
             x = layer(x, entry)
+            if tokens.size >= EVALUATED_TOKENS:
+                mx.async_eval(x, *entry.arrays())
+                begun.append(x)
+                if len(begun) > LAYERS_AHEAD:
+                    mx.eval(begun.popleft())
         cache.length += tokens.shape[1]
         return rms_norm(x, self.norm, self.cfg.rms_norm_eps)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[B, T, H] → [B, T, V]"""
         return self.lm_head(hidden)
+
+    def step(self, tokens: mx.array, cache: Cache) -> mx.array:
+        """One token of each sequence, [B, 1], behind a cache that holds some already → logits [B, 1, V].
+
+        The same numbers as `logits(hidden(tokens, cache))`. What lies between two readings of a key cache is one compiled
+        function, whose shapes never change: Python does little a token, and no length makes it compile anew.
+        """
+        if self._stages is None:
+            self._stages = [compiled(stage) for stage in self._make_stages(cache)]
+        start = mx.array(cache.length)
+        recurrent = [e for e in cache.layers if isinstance(e, DeltaCache)]
+        attention = [(layer, e) for layer, e in zip(self.layers, cache.layers, strict=True) if isinstance(e, KVCache)]
+        x, carried, done = tokens, (), 0
+        for i, stage in enumerate(self._stages):
+            states = [(e.conv, e.state) for e in recurrent[done:]]
+            x, out, states = stage(x, carried, start, states[: self._counts[i]])
+            for entry, (conv, state) in zip(recurrent[done:], states, strict=False):
+                entry.conv, entry.state = conv, state
+            done += len(states)
+            if i < len(attention):
+                layer, entry = attention[i]
+                q, k, v, *rest = out
+                carried = (layer.mixer.attend(q, *entry.append(k, v)), *rest)
+        cache.length += 1
+        return x
+
+    def _make_stages(self, cache: Cache) -> list[Callable[..., Any]]:
+        """The work between two readings of a key cache: (x, what the last reading gave, position, states of the recurrent
+        layers) → (x, what the next reading wants, new states); the first from token ids, the last to logits."""
+        groups: list[list[DecoderLayer]] = [[]]
+        ends: list[DecoderLayer | None] = []
+        for layer, entry in zip(self.layers, cache.layers, strict=True):
+            if isinstance(entry, KVCache):
+                ends.append(layer)
+                groups.append([])
+            else:
+                groups[-1].append(layer)
+        ends.append(None)
+        self._counts = [len(group) for group in groups]
+        return [self._stage(i, ends[i - 1] if i else None, group, ends[i]) for i, group in enumerate(groups)]
+
+    def _stage(
+        self, index: int, begun: DecoderLayer | None, group: list[DecoderLayer], next_: DecoderLayer | None
+    ) -> Callable[..., Any]:
+        def run(x: mx.array, carried: tuple[mx.array, ...], start: mx.array, states: list[Any]) -> Any:
+            if begun is None:
+                x = self.embed_tokens.rows(x)
+            else:
+                x = begun.after(x, *carried)
+            new = []
+            for layer, (conv, state) in zip(group, states, strict=True):
+                x, conv, state = layer.advance(x, conv, state)
+                new.append((conv, state))
+            if next_ is not None:
+                return x, next_.before(x, start), new
+            return self.logits(rms_norm(x, self.norm, self.cfg.rms_norm_eps)), (), new
+
+        return run
 
     @classmethod
     def hidden_streamed(

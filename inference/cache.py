@@ -45,20 +45,20 @@ class KVCache:
 
 
 class DeltaCache:
-    """conv: the last K - 1 inputs of the causal conv [B, K - 1, C]; state: [B, Hv, Dv, Dk] in float32."""
+    """conv: the last K - 1 inputs of the causal conv, [B, 1, C] each; state: [B, Hv, Dv, Dk] in float32."""
 
     def __init__(self) -> None:
-        self.conv: mx.array | None = None
+        self.conv: tuple[mx.array, ...] | None = None
         self.state: mx.array | None = None
 
     def arrays(self) -> list[mx.array]:
-        return [x for x in (self.conv, self.state) if x is not None]
+        return [x for x in (*(self.conv or ()), self.state) if x is not None]
 
 
 @dataclass(frozen=True)
 class _Checkpoint:
     length: int
-    states: list[tuple[mx.array | None, mx.array | None]]  # conv, state of each delta layer
+    states: list[tuple[tuple[mx.array, ...] | None, mx.array | None]]  # conv, state of each delta layer
 
 
 @dataclass

@@ -165,7 +165,7 @@ def _generate(
     for n in range(1, max_tokens + 1):
         upcoming = None
         if n < max_tokens:  # runs while y is looked at; wasted once, if y is a stop token
-            upcoming = sampler(model.forward(y[:, None], cache, last_only=True)[:, -1])
+            upcoming = sampler(model.step(y[:, None], cache)[:, -1])
             mx.async_eval(upcoming)
         token = int(y.item())  # type: ignore[arg-type]
         now = time.perf_counter()

@@ -8,7 +8,8 @@ many-row kernels are compiled when first called, which took minutes a format on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from .backend import BACKEND, mx
 from .checkpoint import QuantSpec
@@ -99,3 +100,66 @@ def _plus(y: mx.array, bias: mx.array | None) -> mx.array:
 
 
 Linear = Dense | Packed
+
+
+class SameInput:
+    """Linears that read one input (q, k and v; gate and up), in the order that their outputs are wanted in.
+
+    They are called one by one until `fuse` has put those of one format into one matrix, row below row: fewer and larger
+    products, the same numbers.
+    """
+
+    def __init__(self, *linears: Linear) -> None:
+        self._linears: list[Linear] = list(linears)
+        self._places: list[list[int]] = [[i] for i in range(len(linears))]  # of each linear's outputs in the result
+        self._ends: list[list[int]] = [[] for _ in linears]  # where to split them
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        """[..., in] → [..., out] of each"""
+        return self._ordered([linear(x) for linear in self._linears])
+
+    def gather(self, x: mx.array, experts: mx.array, is_sorted: bool) -> list[mx.array]:
+        """[..., 1, in], experts broadcastable to [...] → [..., 1, out] of each"""
+        return self._ordered([linear.gather(x, experts, is_sorted) for linear in self._linears])
+
+    def _ordered(self, results: Sequence[mx.array]) -> list[mx.array]:
+        out: list[tuple[int, mx.array]] = []
+        for y, places, ends in zip(results, self._places, self._ends, strict=True):
+            out += zip(places, mx.split(y, ends, axis=-1) if ends else [y], strict=True)
+        return [y for _, y in sorted(out, key=lambda item: item[0])]
+
+    def fuse(self) -> None:
+        """Join what has one format; evaluated. Needs room for one more copy of the joined matrices while it runs."""
+        groups: dict[object, list[int]] = {}
+        for i, linear in enumerate(self._linears):
+            groups.setdefault(_format(linear), []).append(i)
+        linears, ends = [], []
+        for members in groups.values():
+            parts = [self._linears[i] for i in members]
+            rows = [part.weight.shape[-2] for part in parts]
+            ends.append([sum(rows[: n + 1]) for n in range(len(rows) - 1)])
+            linears.append(_joined(parts))
+        self._linears, self._places, self._ends = linears, list(groups.values()), ends
+
+
+def _format(linear: Linear) -> object:
+    """Equal for linears that one matrix can hold."""
+    if isinstance(linear, Dense):
+        return (linear.weight.dtype, linear.weight.shape[:-2], linear.bias is None)
+    biases = None if linear.biases is None else linear.biases.dtype
+    return (linear.spec, linear.dtype, linear.scales.dtype, biases, linear.weight.shape[:-2], linear.bias is None)
+
+
+def _joined(parts: Sequence[Linear]) -> Linear:
+    """One linear whose outputs are those of all parts, which have one format, behind each other."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def rows(name: str, axis: int) -> mx.array | None:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else mx.concatenate(found, axis=axis)
+
+    names = ("weight",) if isinstance(parts[0], Dense) else ("weight", "scales", "biases")
+    fields = {name: rows(name, -2) for name in names} | {"bias": rows("bias", -1)}
+    mx.eval([x for x in fields.values() if x is not None])
+    return replace(parts[0], **fields)  # type: ignore[arg-type]

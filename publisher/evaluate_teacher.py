@@ -32,7 +32,7 @@ from .store import digest, read_result, sha256_file, write_bytes, write_model
 # Bump with a reason when the same base would give other states.
 TEACHER_VERSION = 1
 COMPUTE = "float32"
-BATCH_TOKENS = 2048  # of windows of one length that pass a layer together
+BATCH_TOKENS = 2048  # of windows that pass a layer together, padding included
 WAVE_TOKENS = 1 << 17  # whose states are in memory together: 2 GB at a hidden size of 4096
 CONTROL_STEP = 48  # tokens; not a multiple of the delta rule's chunks, so that they are cut elsewhere
 
@@ -129,15 +129,15 @@ def out_of_memory(name: str) -> Iterator[None]:
 def final_states(folder: Path, windows: Sequence[Window], step: int | None = None, tick: Tick = _quiet) -> mx.array:
     """Final states of a model at the scored positions of windows, [positions, H] in float32, one layer at a time.
 
-    step: each window by itself, in pieces of so many tokens; else windows of one length pass together. Peak: a layer,
-    and the states of WAVE_TOKENS tokens.
+    step: each window by itself, in pieces of so many tokens; else many pass together. Peak: a layer, and the states of
+    WAVE_TOKENS tokens.
     """
     batches = [[w] for w in windows] if step else _batches(windows)
     waves = _waves(batches)
     out = []
     done = 0
     for wave in waves:
-        tokens = [mx.array([w.tokens for w in batch]) for batch in wave]
+        tokens = [_padded(batch) for batch in wave]
 
         def passed(layer: int, start: int = done) -> None:
             tick(start + layer + 1, (layer + 2) * len(waves))
@@ -177,15 +177,24 @@ def _continue(folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -
 
 
 def _batches(windows: Sequence[Window]) -> list[list[Window]]:
-    """Windows of one length behind each other, as many as BATCH_TOKENS."""
+    """Windows behind each other, as many as fill BATCH_TOKENS when all are as long as the longest."""
     out: list[list[Window]] = []
+    longest = 0
     for w in windows:
-        last = out[-1] if out else []
-        if last and len(last[0].tokens) == len(w.tokens) and (len(last) + 1) * len(w.tokens) <= BATCH_TOKENS:
-            last.append(w)
+        longest = max(longest, len(w.tokens))
+        if out and (len(out[-1]) + 1) * longest <= BATCH_TOKENS:
+            out[-1].append(w)
         else:
             out.append([w])
+            longest = len(w.tokens)
     return out
+
+
+def _padded(batch: Sequence[Window]) -> mx.array:
+    """Tokens [B, T], shorter windows filled up behind their end: no position reads what comes after it, and none of the
+    filling is scored."""
+    longest = max(len(w.tokens) for w in batch)
+    return mx.array([[*w.tokens, *[0] * (longest - len(w.tokens))] for w in batch])
 
 
 def _waves(batches: Sequence[list[Window]]) -> list[list[list[Window]]]:

@@ -9,8 +9,9 @@ Follows `transformers` model llama.
 from __future__ import annotations
 
 from ..backend import mx
-from ..blocks import MLP, Decoder, Weights, attend, rms_norm
+from ..blocks import MLP, Decoder, DecoderLayer, Weights, attend
 from ..cache import Cache, KVCache
+from ..linear import SameInput
 from .names import Config, rope_wavelengths
 
 PREFIX = "model."
@@ -28,19 +29,14 @@ def make_cache(cfg: Config) -> Cache:
     return Cache([KVCache() for _ in range(cfg.num_hidden_layers)])
 
 
-class Layer:
+class Layer(DecoderLayer):
     def __init__(self, cfg: Config, index: int, weights: Weights) -> None:
         prefix = f"{PREFIX}layers.{index}."
         self.eps = cfg.rms_norm_eps
         self.input_layernorm = weights.array(prefix + "input_layernorm.weight")
         self.post_attention_layernorm = weights.array(prefix + "post_attention_layernorm.weight")
-        self.self_attn = Attention(cfg, prefix + "self_attn.", weights)
+        self.mixer = Attention(cfg, prefix + "self_attn.", weights)
         self.mlp = MLP(prefix + "mlp.", weights)
-
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        """[B, T, H] → [B, T, H]"""
-        x = x + self.self_attn(rms_norm(x, self.input_layernorm, self.eps), cache)
-        return x + self.mlp(rms_norm(x, self.post_attention_layernorm, self.eps))
 
 
 class Attention:
@@ -48,26 +44,28 @@ class Attention:
 
     def __init__(self, cfg: Config, prefix: str, weights: Weights) -> None:
         self.cfg = cfg
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            weights.linear(f"{prefix}{p}_proj") for p in ("q", "k", "v", "o")
-        )
+        self.qkv = SameInput(*(weights.linear(f"{prefix}{p}_proj") for p in ("q", "k", "v")))
+        self.o_proj = weights.linear(prefix + "o_proj")
         self.wavelengths = mx.array(rope_wavelengths(cfg), mx.float32)
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        """[B, T, H] → [B, T, H]"""
+    def before(self, x: mx.array, start: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """[B, T, H] and the position of its first token → q [B, Hq, T, D], k and v [B, Hkv, T, D]"""
         cfg, (b, t, _) = self.cfg, x.shape
-        start = cache.length
+        q, k, v = (y.reshape(b, t, -1, cfg.head_dim).swapaxes(1, 2) for y in self.qkv(x))
+        return self._rope(q, start), self._rope(k, start), v
 
-        def heads(y: mx.array, n: int) -> mx.array:
-            return y.reshape(b, t, n, cfg.head_dim).swapaxes(1, 2)
+    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return attend(q, k, v, self.cfg.head_dim**-0.5)
 
-        q = self._rope(heads(self.q_proj(x), cfg.num_attention_heads), start)
-        k = self._rope(heads(self.k_proj(x), cfg.num_key_value_heads), start)
-        k, v = cache.append(k, heads(self.v_proj(x), cfg.num_key_value_heads))
-        y = attend(q, k, v, cfg.head_dim**-0.5).swapaxes(1, 2)  # [B, T, Hq, D]
-        return self.o_proj(y.reshape(b, t, -1))
+    def after(self, y: mx.array) -> mx.array:
+        """What the heads read, [B, Hq, T, D] → [B, T, H]"""
+        y = y.swapaxes(1, 2)
+        return self.o_proj(y.reshape(*y.shape[:2], -1))
 
-    def _rope(self, x: mx.array, start: int) -> mx.array:
+    def fuse(self) -> None:
+        self.qkv.fuse()
+
+    def _rope(self, x: mx.array, start: int | mx.array) -> mx.array:
         return mx.fast.rope(
             x, self.cfg.head_dim, traditional=False, base=None, scale=1.0, offset=start, freqs=self.wavelengths
         )

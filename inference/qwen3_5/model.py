@@ -10,9 +10,10 @@ Follows `transformers` models qwen3_5 and qwen3_5_moe.
 from __future__ import annotations
 
 from ..backend import fused, mx
-from ..blocks import MLP, Decoder, Weights, attend, rms_norm, swiglu
+from ..blocks import MLP, Decoder, DecoderLayer, Weights, attend, rms_norm, swiglu
 from ..cache import Cache, DeltaCache, KVCache
-from ..gated_delta import gated_delta
+from ..gated_delta import Form, chosen_form, gated_delta
+from ..linear import SameInput
 from .names import Config
 
 PREFIX = "language_model.model."
@@ -32,7 +33,7 @@ def make_cache(cfg: Config) -> Cache:
     return Cache([KVCache() if kind == "full_attention" else DeltaCache() for kind in cfg.layer_types])
 
 
-class Layer:
+class Layer(DecoderLayer):
     def __init__(self, cfg: Config, index: int, weights: Weights) -> None:
         prefix = f"{PREFIX}layers.{index}."
         self.eps = cfg.rms_norm_eps
@@ -44,36 +45,38 @@ class Layer:
             self.mixer = DeltaNet(cfg, prefix + "linear_attn.", weights)
         self.mlp: MLP | MoE = MoE(cfg, prefix + "mlp.", weights) if cfg.num_experts else MLP(prefix + "mlp.", weights)
 
-    def __call__(self, x: mx.array, cache: KVCache | DeltaCache) -> mx.array:
-        """[B, T, H] → [B, T, H]"""
-        x = x + self.mixer(rms_norm(x, self.input_layernorm, self.eps), cache)  # type: ignore[arg-type]
-        return x + self.mlp(rms_norm(x, self.post_attention_layernorm, self.eps))
-
 
 class Attention:
     """Grouped-query attention, its output gated per head; RoPE on the first quarter of each head."""
 
     def __init__(self, cfg: Config, prefix: str, weights: Weights) -> None:
         self.cfg = cfg
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            weights.linear(f"{prefix}{p}_proj") for p in ("q", "k", "v", "o")
-        )
+        self.qkv = SameInput(*(weights.linear(f"{prefix}{p}_proj") for p in ("q", "k", "v")))
+        self.o_proj = weights.linear(prefix + "o_proj")
         self.q_norm, self.k_norm = (weights.array(f"{prefix}{p}_norm.weight") for p in ("q", "k"))
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        """[B, T, H] → [B, T, H]"""
+    def before(self, x: mx.array, start: int | mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """[B, T, H] and the position of its first token → q [B, Hq, T, D], k and v [B, Hkv, T, D], gate [B, T, Hq, D]"""
         cfg, (b, t, _) = self.cfg, x.shape
-        start = cache.length
-        q, gate = mx.split(self.q_proj(x).reshape(b, t, cfg.num_attention_heads, -1), 2, axis=-1)
-        k = self.k_proj(x).reshape(b, t, cfg.num_key_value_heads, -1)
-        v = self.v_proj(x).reshape(b, t, cfg.num_key_value_heads, -1).swapaxes(1, 2)
+        q, k, v = self.qkv(x)
+        q, gate = mx.split(q.reshape(b, t, cfg.num_attention_heads, -1), 2, axis=-1)
+        k = k.reshape(b, t, cfg.num_key_value_heads, -1)
+        v = v.reshape(b, t, cfg.num_key_value_heads, -1).swapaxes(1, 2)
         q = self._rope(rms_norm(q, self.q_norm, cfg.rms_norm_eps).swapaxes(1, 2), start)
         k = self._rope(rms_norm(k, self.k_norm, cfg.rms_norm_eps).swapaxes(1, 2), start)
-        k, v = cache.append(k, v)
-        y = attend(q, k, v, cfg.head_dim**-0.5).swapaxes(1, 2)  # [B, T, Hq, D]
-        return self.o_proj(_gate(y, gate).reshape(b, t, -1))
+        return q, k, v, gate
 
-    def _rope(self, x: mx.array, start: int) -> mx.array:
+    def after(self, y: mx.array, gate: mx.array) -> mx.array:
+        """What the heads read, [B, Hq, T, D] → [B, T, H]"""
+        return self.o_proj(_gate(y.swapaxes(1, 2), gate).reshape(*gate.shape[:2], -1))
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return attend(q, k, v, self.cfg.head_dim**-0.5)
+
+    def fuse(self) -> None:
+        self.qkv.fuse()
+
+    def _rope(self, x: mx.array, start: int | mx.array) -> mx.array:
         return mx.fast.rope(
             x, self.cfg.rotary_dim, traditional=False, base=self.cfg.rope_theta, scale=1.0, offset=start
         )
@@ -84,46 +87,54 @@ class DeltaNet:
 
     def __init__(self, cfg: Config, prefix: str, weights: Weights) -> None:
         self.cfg = cfg
-        self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b, self.out_proj = (
-            weights.linear(prefix + p) for p in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
-        )
+        self.inputs = SameInput(*(weights.linear(f"{prefix}in_proj_{p}") for p in ("z", "a", "b", "qkv")))
+        self.out_proj = weights.linear(prefix + "out_proj")
         conv = weights.array(prefix + "conv1d.weight")  # [C, K, 1]
         self.taps = [conv[:, i, 0].astype(mx.float32) for i in range(cfg.linear_conv_kernel_dim)]  # K times [C]
         self.decay_rate = -mx.exp(weights.array(prefix + "A_log").astype(mx.float32))
         self.dt_bias = weights.array(prefix + "dt_bias").astype(mx.float32)
         self.norm = weights.array(prefix + "norm.weight").astype(mx.float32)
-        # After an RMS norm (mean, not sum, of squares) both are scaled by Dk^-1/2, and q once more.
-        dk, hk = cfg.linear_key_head_dim, cfg.linear_num_key_heads
-        self.qk_scale = mx.array([1 / dk] * hk + [dk**-0.5] * hk)[:, None]  # [2 Hk, 1]
+        # q and k get length 1: an RMS norm (mean, not sum, of squares) times Dk^-1/2. The rule wants q times Dk^-1/2 once
+        # more: y is linear in it and its scale leaves in the norm that follows, but for that norm's eps.
+        dk = cfg.linear_key_head_dim
+        self.unit = mx.full((dk,), dk**-0.5)
+        self.y_eps = cfg.rms_norm_eps * dk
+        self.form: Form = chosen_form()
 
-    def __call__(self, x: mx.array, cache: DeltaCache) -> mx.array:
-        """[B, T, H] → [B, T, H]"""
+    def advance(
+        self, x: mx.array, conv: tuple[mx.array, ...] | None, state: mx.array | None
+    ) -> tuple[mx.array, tuple[mx.array, ...], mx.array]:
+        """[B, T, H] and what the cache holds (None: nothing yet) → [B, T, H] and what it holds next."""
         cfg, (b, t, _) = self.cfg, x.shape
         dk, dv = cfg.linear_key_head_dim, cfg.linear_value_head_dim
         hk, hv = cfg.linear_num_key_heads, cfg.linear_num_value_heads
-        z = self.in_proj_z(x).reshape(b, t, hv, dv)
-        g, beta = _gates(self.in_proj_a(x), self.in_proj_b(x), self.decay_rate, self.dt_bias)
-        qkv = self._conv(self.in_proj_qkv(x), cache)
+        z, a, beta, qkv = self.inputs(x)
+        g, beta = _gates(a, beta, self.decay_rate, self.dt_bias)
+        qkv, conv = self._conv(qkv, conv)
         qk, v = mx.split(qkv, [2 * hk * dk], axis=-1)
-        # x / sqrt(Σ x² + L2_EPS), for q and k at once
-        qk = mx.fast.rms_norm(qk.reshape(b, t, 2 * hk, dk), None, L2_EPS / dk) * self.qk_scale
-        q, k = mx.split(qk, 2, axis=2)
-        if cache.state is None:
-            cache.state = mx.zeros((b, hv, dv, dk), mx.float32)
-        y, cache.state = gated_delta(q, k, v.reshape(b, t, hv, dv), g, beta, cache.state)
-        y = _times_silu(mx.fast.rms_norm(y, self.norm, cfg.rms_norm_eps), z)
-        return self.out_proj(y.reshape(b, t, -1))
+        qk = mx.fast.rms_norm(qk.reshape(b, t, 2, hk, dk), self.unit, L2_EPS / dk)
+        if state is None:
+            state = mx.zeros((b, hv, dv, dk), mx.float32)
+        y, state = gated_delta(qk, v.reshape(b, t, hv, dv), g, beta, state, self.form)
+        y = _times_silu(mx.fast.rms_norm(y, self.norm, self.y_eps), z.reshape(b, t, hv, dv))
+        return self.out_proj(y.reshape(b, t, -1)), conv, state
 
-    def _conv(self, x: mx.array, cache: DeltaCache) -> mx.array:
-        """Depthwise causal conv and silu; [B, T, C] → [B, T, C] in float32.
+    def fuse(self) -> None:
+        self.inputs.fuse()
+
+    def _conv(self, x: mx.array, past: tuple[mx.array, ...] | None) -> tuple[mx.array, tuple[mx.array, ...]]:
+        """Depthwise causal conv and silu; [B, T, C] → [B, T, C] in float32, and the last K - 1 inputs, [B, 1, C] each.
 
         As a sum of shifted products: on the CPU seven times as fast as `mx.conv1d`, and float32 on every backend.
         """
         before, t = len(self.taps) - 1, x.shape[1]
-        past = mx.zeros((x.shape[0], before, x.shape[2]), x.dtype) if cache.conv is None else cache.conv
-        x = mx.concatenate([past, x], axis=1)
-        cache.conv = x[:, -before:] if t == 1 else mx.contiguous(x[:, -before:])  # a view keeps all of x alive
-        return _conv_silu([x[:, i : i + t] for i in range(before + 1)], self.taps)
+        if past is None:
+            past = tuple(mx.zeros((x.shape[0], before, x.shape[2]), x.dtype).split(before, axis=1))
+        if t == 1:  # nothing is moved
+            return _conv_silu([*past, x], self.taps), (*past[1:], x)
+        x = mx.concatenate([*past, x], axis=1)
+        last = mx.contiguous(x[:, -before:])  # a view would keep all of x alive
+        return _conv_silu([x[:, i : i + t] for i in range(before + 1)], self.taps), tuple(last.split(before, axis=1))
 
 
 class MoE:
@@ -132,9 +143,8 @@ class MoE:
     def __init__(self, cfg: Config, prefix: str, weights: Weights) -> None:
         self.k = cfg.num_experts_per_tok
         self.gate = weights.linear(prefix + "gate")
-        self.gate_proj, self.up_proj, self.down_proj = (
-            weights.linear(f"{prefix}switch_mlp.{p}_proj") for p in ("gate", "up", "down")
-        )
+        self.gate_up = SameInput(*(weights.linear(f"{prefix}switch_mlp.{p}_proj") for p in ("gate", "up")))
+        self.down_proj = weights.linear(prefix + "switch_mlp.down_proj")
         self.shared_expert = MLP(prefix + "shared_expert.", weights)
         self.shared_expert_gate = weights.linear(prefix + "shared_expert_gate")
 
@@ -165,8 +175,12 @@ class MoE:
         return y[mx.argsort(order)].reshape(n, k, -1)
 
     def _apply(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
-        y = swiglu(self.gate_proj.gather(x, experts, is_sorted), self.up_proj.gather(x, experts, is_sorted))
+        y = swiglu(*self.gate_up.gather(x, experts, is_sorted))
         return self.down_proj.gather(y, experts, is_sorted)
+
+    def fuse(self) -> None:
+        self.gate_up.fuse()
+        self.shared_expert.fuse()
 
 
 @fused
