@@ -22,11 +22,12 @@ from inference.divergence import kld
 from inference.families import names_of
 from inference.load import load
 from quant import qwen3_5
-from quant.awq import folds, scalable
+from quant.awq import folds
 from quant.builtin import BUILTIN
 from quant.convert import Job, convert, unquantized
 from quant.imatrix import read_imatrix
 from quant.recipe import resolve
+from quant.tables import scalable
 
 
 def main() -> None:

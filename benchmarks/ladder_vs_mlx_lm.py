@@ -28,11 +28,12 @@ from inference.backend import device_info
 from inference.checkpoint import read_checkpoint
 from inference.families import names_of
 from quant import qwen3_5
-from quant.awq import folds, scalable
+from quant.awq import folds
 from quant.builtin import BUILTIN
 from quant.convert import Job, convert, finish
 from quant.imatrix import read_imatrix
 from quant.recipe import TensorPlan, resolve
+from quant.tables import scalable
 
 RECIPE = "unsloth"
 GROUP = 64

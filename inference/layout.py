@@ -8,11 +8,12 @@ checkpoint is taken from what it declares (`format: mlx` in its shards), never g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from .checkpoint import ITEMSIZE, TensorInfo, count
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Part = Literal["text", "vision", "mtp"]
 # copy: bytes as they are (a reshape at most); plus_one: w → 1 + w in float32; patch_embed: [O,C,T,H,W] → [O,T,H,W,C];
@@ -55,6 +56,8 @@ def read_band(target: Target, start: int, stop: int) -> np.ndarray:
     Returns [stop - start, *shape[1:]]. `plus_one` is not applied here: it changes values and belongs to whoever knows
     the arithmetic (`quant.convert`, `inference.load`). Reads only the bytes it returns.
     """
+    import numpy as np  # noqa: PLC0415 - plans read no values
+
     info, size = target.source, ITEMSIZE[target.source.dtype]
     kind = {
         "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "U8": np.uint8, "I8": np.int8,

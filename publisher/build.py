@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.errors import GateRefused, InputError
-from inference.tokenizer import Tokenizer
 from quant.folder import finish, replaced
 
 from . import __version__, card_figure, provenance
@@ -100,6 +99,8 @@ def build_held(
         _sweep(project, id)
     if stale:
         if "smoke" not in skip or "bench" not in skip:
+            from inference.tokenizer import Tokenizer  # noqa: PLC0415 - cards and pushes need no tokenizer
+
             Tokenizer.load(seen.base.folder)  # better refused now than after hours of quantizing
         quantize(project, seen, stale, hub, report)
         seen = survey(project, hub, weights=True, cards=False)

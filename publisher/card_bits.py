@@ -22,9 +22,9 @@ from inference.checkpoint import (
 )
 from inference.errors import CheckpointError, InputError
 from inference.layout import Part, Target
-from quant.awq import scalable
 from quant.recipe import LAYER_SETS, Recipe, Rule, TensorPlan, layer_of, resolve
 from quant.shards import MTP_FILE
+from quant.tables import scalable
 
 from .plan import quant_table
 from .schema import Manifest, RuleInput

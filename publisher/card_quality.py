@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from .evaluate_figures import paired
 from .schema import Baselines, Divergence, Interval, Quality
 from .store import read_result
 from .survey import quality_state, read_quality
@@ -149,6 +148,8 @@ def standings(entries: Sequence[Entry]) -> Standings:
         first, second = a.corpus("text"), b.corpus("text")
         if not (first and second) or first.window_positions != second.window_positions:
             continue
+        from .evaluate_figures import paired  # noqa: PLC0415 - numpy, only where two were measured
+
         found = paired(first, second, floor)
         if found:
             pairs.append(Pair(a.name, b.name, found.difference, found.excludes_zero and found.above_floor is not False))

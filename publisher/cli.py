@@ -196,10 +196,11 @@ def allocate(options: Options, ids: tuple[str, ...], all_variants: bool, freeze:
 @common
 def calibrate(options: Options, force: bool) -> None:
     """Collect statistics of the base over a calibration text, for solvers and the allocator. A killed run resumes."""
+    project = options.project
     from . import show
     from .calibrate import calibrate as run
 
-    done = run(options.project, options.hub, options.report, force)
+    done = run(project, options.hub, options.report, force)
     options.show(show.calibrated_json(done), lambda: show.calibrated_text(done))
 
 
@@ -288,10 +289,10 @@ def evaluate(
     force: bool,
 ) -> None:
     """Measure how far built variants are from BF16: KL divergence, agreement, perplexity, greedy text."""
+    project = options.project  # a file that is refused costs no import of MLX
     from . import show
     from .evaluate import compare_variants, evaluate
 
-    project = options.project
     asked = {*ids, *(compare or ())}
     chosen = project.select(asked, all_variants) if asked or all_variants or not baselines else []
     evaluate(project, chosen, options.hub, options.report, force, baselines)

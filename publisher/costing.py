@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from quant.statistics import Statistics
 from quant.version import ALLOCATED_SOLVER, SENSITIVITY_VERSION
 
 from .base import ResolvedBase
@@ -15,6 +14,8 @@ from .schema import CostProbe, Costs
 from .store import read_result, write_model
 
 if TYPE_CHECKING:
+    from quant.statistics import Statistics
+
     from .variants import Project
 
 COSTS = "costs.json"

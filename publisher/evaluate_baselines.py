@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from inference.errors import InputError
-from quant.awq import folds, scalable
+from quant.awq import folds
 from quant.builtin import BUILTIN
 from quant.convert import Job, convert
 from quant.imatrix import read_imatrix
 from quant.recipe import TensorPlan, resolve
+from quant.tables import scalable
 from quant.version import QUANT_VERSION
 
 from .base import fetch_imatrix, fingerprint

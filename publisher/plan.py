@@ -12,8 +12,8 @@ from inference.checkpoint import Checkpoint, QuantSpec, count
 from inference.errors import InputError
 from inference.families import family_of, names_of
 from inference.layout import Target
-from quant.awq import scalable
 from quant.recipe import Recipe, RuleError, TensorPlan, applied_layers, resolve, rule_bits
+from quant.tables import scalable
 
 from .allocation import ALLOCATED, Sized, Sources, sized
 from .schema import BaseInput, BuildInputs, ImatrixInput, RuleInput

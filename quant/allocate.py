@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from inference.checkpoint import AFFINE_BITS, AFFINE_GROUPS, QuantSpec
 from inference.errors import InputError
@@ -23,6 +22,9 @@ from inference.layout import Target
 
 from .builtin import ROUTER
 from .recipe import DENSE, Recipe, Rule, TensorClass, TensorPlan, layer_of, matches, resolve
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FREE = "left to the allocator"  # the reason of the rule under which `resolve` puts what no pin names
 MAX_STATES = 2000  # of the exact search; beyond it the best are kept and `Choice.exact` is False
@@ -396,6 +398,8 @@ def _search(
     With reduced costs r = cost + rate · bytes − (the item's least such sum), any choice costs bound + Σ r + rate · (bytes
     left over). So one within the gap has Σ r below it, and an option whose own r exceeds it cannot take part.
     """
+    import numpy as np  # noqa: PLC0415 - ladders without `size` need no search
+
     out = list(chosen)
     core: list[tuple[int, list[int], list[float]]] = []  # item, options still in the running, their reduced costs
     base = 0

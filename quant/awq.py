@@ -24,26 +24,9 @@ from inference.errors import InputError
 
 from .imatrix import Imatrix
 from .recipe import TensorPlan
+from .tables import Group
 
 FLOOR = 1e-8  # of the importance and of the normaliser; mlx-node's apply_awq_prescaling
-
-
-@dataclass(frozen=True)
-class Group:
-    """Matrices of one layer that share an input, and what takes the inverse of their scale.
-
-    Module paths relative to the layer. members: scaled, and their statistics enter the importance. followers: fed by
-    the same input, so scaled as well, but with no say in s. inverse: a norm (its weights are divided), or with `rows` a
-    matrix whose output rows are divided; a bias beside it is divided, too. every: the statistics of all members are
-    needed, else any one suffices.
-    """
-
-    label: str
-    members: tuple[str, ...]
-    inverse: str
-    followers: tuple[str, ...] = ()
-    rows: bool = False
-    every: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,11 +42,6 @@ class Fold:
         for v in (self.columns, self.rows):
             h.update(b"-" if v is None else b"+" + len(v).to_bytes(8, "little") + v.astype("<f4").tobytes())
         return h.hexdigest()
-
-
-def scalable(table: Iterable[Group]) -> tuple[str, ...]:
-    """Globs of the modules whose input channels a fold can scale (`quant.recipe.resolve`)."""
-    return tuple(f"*.{m}" for group in table for m in group.members)
 
 
 def scale(importance: np.ndarray, exponent: float) -> np.ndarray:

@@ -27,25 +27,11 @@ from inference.families import family_of, names_of
 
 from .gguf_file import read_gguf
 from .statistics import Statistics
+from .tables import Entry
 
 # Tokens counted for one matrix. Published files stay below 1e8; float32 counts lose single tokens past 1.7e7.
 MAX_COUNT = 1e12
 BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One class of matrices: llama.cpp's name (`blk.N.<gguf>.weight`) and the modules it stands for in MLX.
-
-    layered: modules are relative to a layer. tiled: input channels lie in llama.cpp's order of value heads. required:
-    a file without any such matrix is refused (if the model has them).
-    """
-
-    gguf: str
-    modules: tuple[str, ...]
-    required: bool = False
-    tiled: bool = False
-    layered: bool = True
 
 
 @dataclass(frozen=True)

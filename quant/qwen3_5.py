@@ -5,9 +5,8 @@ Patterns are globs over MLX module paths (see `quant.recipe.matches`).
 
 from __future__ import annotations
 
-from .awq import Group
-from .imatrix import Entry
 from .recipe import TensorClass
+from .tables import Entry, Group
 
 # the rows of the card's table, in its order; the first match decides
 CLASSES: tuple[TensorClass, ...] = (

@@ -16,13 +16,14 @@ from inference.checkpoint import read_checkpoint
 from inference.families import names_of
 from publisher.calibrate import collect
 from quant import qwen3_5
-from quant.awq import folds, scalable
+from quant.awq import folds
 from quant.builtin import BUILTIN
 from quant.convert import Job, Progress, convert
 from quant.imatrix import read_imatrix
 from quant.moments import FromStatistics
 from quant.recipe import TensorPlan, resolve
 from quant.statistics import Statistics
+from quant.tables import scalable
 
 TINY_IMATRIX = Path(__file__).parents[1] / "examples/tiny/imatrix-tiny.gguf"
 BAND = 32 << 10  # bytes: every matrix of the tiny base takes several

@@ -28,11 +28,12 @@ from inference.llama.names import mlx_config, read_config, rope_wavelengths, tex
 from inference.load import Weights, hidden_states_streamed, load, load_head
 from publisher.localhub import LocalHub
 from quant import llama
-from quant.awq import folds, scalable
+from quant.awq import folds
 from quant.builtin import BUILTIN
 from quant.convert import Job, convert, unquantized
 from quant.imatrix import gguf_shapes, read_imatrix, write_imatrix
 from quant.recipe import resolve
+from quant.tables import scalable
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # Largest difference of a logit from transformers'. Measured in float32: 6e-6. A GPU computes in bfloat16.

@@ -18,9 +18,9 @@ from inference.qwen3_5.names import read_config, text_shapes
 from publisher.plan import assignment
 from publisher.variants import load_project
 from quant import qwen3_5
-from quant.awq import scalable
 from quant.builtin import BUILTIN
 from quant.recipe import LAYER_SETS, Recipe, Rule, TensorPlan, matches, resolve, rule_bits, snap
+from quant.tables import scalable
 
 DENSE_CONFIG = json.loads((EXAMPLE / "model/config.json").read_text())
 NOWHERE = TensorInfo("", "BF16", (), Path(), 0, 0)

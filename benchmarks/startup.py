@@ -1,0 +1,65 @@
+"""How long commands take that do no work with MLX: each in a process of its own, on a small built ladder.
+
+    python benchmarks/startup.py LADDER_FOLDER [--runs 9] [--json OUT]
+
+wall: as a person waits for it; cpu: user and system seconds of the process, which other work on the machine changes less.
+Medians, lowest and highest, after one run that warms the file cache. `python -c pass` is what Python itself takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PUBLISH = "from publisher.cli import main; main(prog_name='publish')"
+COMMANDS = {
+    "python -c pass": None,
+    "publish --help": ["--help"],
+    "publish status": ["status"],
+    "publish plan": ["plan"],
+    "publish card --check": ["card", "--all", "--check"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ladder", type=Path)
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
+    load = os.getloadavg()[0]
+    for run in range(args.runs + 1):
+        for name, arguments in COMMANDS.items():
+            code = ["-c", "pass"] if arguments is None else ["-c", PUBLISH, *arguments]
+            before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            subprocess.run([sys.executable, *code], cwd=args.ladder, stdout=subprocess.DEVNULL, check=True)
+            after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
+            if run:
+                rows[name].append((wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+    out = {
+        "python": sys.version.split()[0],
+        "cores": os.cpu_count(),
+        "load": round(load, 2),
+        "runs": args.runs,
+        "ms": {},
+    }
+    for name, pairs in rows.items():
+        out["ms"][name] = {
+            what: {f.__name__: round(1000 * f(values)) for f in (statistics.median, min, max)}
+            for what, values in (("wall", [w for w, _ in pairs]), ("cpu", [c for _, c in pairs]))
+        }
+        print(name, out["ms"][name])
+    if args.json:
+        args.json.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
