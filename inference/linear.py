@@ -16,6 +16,45 @@ from .checkpoint import QuantSpec
 
 UNPACK_ROWS = {"cpu": 16, "cuda": 8}.get(BACKEND)  # from this many rows on; None: never
 
+ROOM, MOST_PLACES = 8, 4  # places of an expert come in eights; not more than four for a row, all experts together
+
+
+@dataclass(frozen=True, slots=True)
+class Sorting:
+    """Rows in the order of their experts, so that each expert's matrix is read once.
+
+    order: [R], the row that comes at each place. Where every expert is given one number of places, with room for the
+    busiest, all products are one batched product: rows: [experts · room], the (sorted) row at each of these places, any
+    row where none is; places: [R], where each row is. Both None where that does not pay.
+    """
+
+    order: mx.array
+    rows: mx.array | None = None
+    places: mx.array | None = None
+
+    @classmethod
+    def of(cls, experts: mx.array, count: int) -> Sorting:
+        """experts: [R], of `count`. Waits for the device, which knows how busy the busiest is.
+
+        `gather_mm` takes 4 ms for 16,384 rows of a 35B-A3B on an H100 where a batched product of as many takes 0.3, and
+        multiplies row by row on the CPU; Metal's grouped kernels need no help.
+        """
+        order = mx.argsort(experts)
+        rows = experts.size
+        if UNPACK_ROWS is None or rows < count:
+            return cls(order)
+        members = (experts[:, None] == mx.arange(count)).sum(axis=0)
+        busiest: int = members.max().item()  # type: ignore[assignment] - of integers
+        room = -(-busiest // ROOM) * ROOM
+        if room * count > MOST_PLACES * rows:
+            return cls(order)
+        ordered = experts[order]
+        rank = mx.arange(rows) - (mx.cumsum(members) - members)[ordered]
+        places = ordered * room + rank
+        at = mx.zeros((count * room,), mx.int32)
+        at[places] = mx.arange(rows)
+        return cls(order, at, places)
+
 
 @dataclass(frozen=True, slots=True)
 class Dense:
@@ -30,9 +69,13 @@ class Dense:
             return _plus((self.weight @ x.reshape(-1)).reshape(*x.shape[:-1], -1), self.bias)
         return _plus(x @ self.weight.T, self.bias)
 
-    def gather(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
-        """[..., 1, in], experts broadcastable to [...] → [..., 1, out]"""
-        return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=is_sorted)
+    def gather(self, x: mx.array, experts: mx.array, sorting: Sorting | None = None) -> mx.array:
+        """[..., 1, in], experts broadcastable to [...] → [..., 1, out]; sorting: of rows [R, 1, in] and experts [R]."""
+        weight = self.weight.swapaxes(-1, -2)
+        if sorting is not None and sorting.places is not None:
+            dense = x[:, 0][sorting.rows].reshape(weight.shape[0], -1, x.shape[-1]) @ weight
+            return dense.reshape(-1, 1, weight.shape[-1])[sorting.places]
+        return mx.gather_mm(x, weight, rhs_indices=experts, sorted_indices=sorting is not None)
 
     def rows(self, ids: mx.array) -> mx.array:
         """[...] → [..., in]"""
@@ -67,14 +110,14 @@ class Packed:
         )
         return _plus(y, self.bias)
 
-    def gather(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
-        """[..., 1, in], experts broadcastable to [...] → [..., 1, out]"""
+    def gather(self, x: mx.array, experts: mx.array, sorting: Sorting | None = None) -> mx.array:
+        """As for `Dense`."""
         if UNPACK_ROWS is not None and experts.size >= self.weight.shape[0]:
-            return Dense(self.unpacked()).gather(x, experts, is_sorted)
+            return Dense(self.unpacked()).gather(x, experts, sorting)
         s = self.spec
         return mx.gather_qmm(
             x, self.weight, self.scales, self.biases, rhs_indices=experts, transpose=True,
-            group_size=s.group_size, bits=s.bits, mode=s.mode, sorted_indices=is_sorted,
+            group_size=s.group_size, bits=s.bits, mode=s.mode, sorted_indices=sorting is not None,
         )  # fmt: skip
 
     def rows(self, ids: mx.array) -> mx.array:
@@ -118,9 +161,9 @@ class SameInput:
         """[..., in] → [..., out] of each"""
         return self._ordered([linear(x) for linear in self._linears])
 
-    def gather(self, x: mx.array, experts: mx.array, is_sorted: bool) -> list[mx.array]:
+    def gather(self, x: mx.array, experts: mx.array, sorting: Sorting | None = None) -> list[mx.array]:
         """[..., 1, in], experts broadcastable to [...] → [..., 1, out] of each"""
-        return self._ordered([linear.gather(x, experts, is_sorted) for linear in self._linears])
+        return self._ordered([linear.gather(x, experts, sorting) for linear in self._linears])
 
     def _ordered(self, results: Sequence[mx.array]) -> list[mx.array]:
         out: list[tuple[int, mx.array]] = []

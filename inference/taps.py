@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .backend import mx
-from .linear import Linear
+from .linear import Linear, Sorting
 
 
 class LinearSource(Protocol):
@@ -90,10 +90,10 @@ class Tapped:
         self.recorder.saw(self.module, x)
         return self.recorder.gave(self.module, self.linear(x))
 
-    def gather(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
+    def gather(self, x: mx.array, experts: mx.array, sorting: Sorting | None = None) -> mx.array:
         """[..., 1, in], experts broadcastable to [...] → [..., 1, out]"""
         self.recorder.saw(self.module, x, experts)
-        return self.recorder.gave(self.module, self.linear.gather(x, experts, is_sorted))
+        return self.recorder.gave(self.module, self.linear.gather(x, experts, sorting))
 
     def rows(self, ids: mx.array) -> mx.array:
         """[...] → [..., in]"""

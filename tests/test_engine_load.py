@@ -7,10 +7,12 @@ import mlx_lm.utils
 import pytest
 from engine_checkpoints import edit_config, edit_tensors, write_moe, write_variant
 
+from inference import linear
 from inference import load as load_module
 from inference.backend import mx
 from inference.checkpoint import QuantSpec
 from inference.errors import CheckpointError, PublishError, ResourceError
+from inference.linear import Dense, Sorting
 from inference.load import load
 
 L = "language_model.model.layers."
@@ -73,6 +75,31 @@ def test_moe_gives_the_logits_of_mlx_lm(moe, tmp_path, default):
     cache = model.make_cache()
     steps = mx.concatenate([model.forward(mx.array([[t]]), cache) for t in IDS[:20]], axis=1)
     assert mx.abs(steps - expected[:, :20]).max().item() <= 1e-3
+
+
+def test_rows_sorted_by_expert_are_multiplied_by_their_own(monkeypatch):
+    """One batched product with places for the busiest, row by row where one expert has nearly all, and a derivative."""
+    mx.random.seed(0)
+    dense = Dense(mx.random.normal((8, 5, 16)))
+    for experts, batched in (
+        (mx.random.randint(0, 8, (100,)), True),
+        (mx.zeros((100,), mx.int32), False),
+        (mx.array([3, 1, 7]), False),
+    ):
+        x = mx.random.normal((experts.size, 1, 16))
+        monkeypatch.setattr(linear, "UNPACK_ROWS", 16)
+        sorting = Sorting.of(experts, 8)
+        assert (sorting.places is not None) == batched
+
+        def by_sorting(x, experts=experts, sorting=sorting):
+            return dense.gather(x[sorting.order], experts[sorting.order], sorting)[mx.argsort(sorting.order)]
+
+        def by_row(x, experts=experts):
+            return x @ dense.weight[experts].swapaxes(-1, -2)
+
+        ones = [mx.random.normal((experts.size, 1, 5))]
+        for a, b in zip(mx.vjp(by_sorting, [x], ones), mx.vjp(by_row, [x], ones), strict=True):
+            assert mx.allclose(a[0], b[0], atol=1e-5)
 
 
 def test_original_layout_gives_the_same_logits(moe, tmp_path):

@@ -13,7 +13,7 @@ from ..backend import fused, mx
 from ..blocks import MLP, Decoder, DecoderLayer, Weights, attend, rms_norm, swiglu
 from ..cache import Cache, DeltaCache, KVCache
 from ..gated_delta import Form, chosen_form, gated_delta
-from ..linear import SameInput
+from ..linear import SameInput, Sorting
 from .names import Config
 
 PREFIX = "language_model.model."
@@ -141,7 +141,7 @@ class MoE:
     """num_experts_per_tok of num_experts per token, and one shared expert for all, weighted by its own gate."""
 
     def __init__(self, cfg: Config, prefix: str, weights: Weights) -> None:
-        self.k = cfg.num_experts_per_tok
+        self.k, self.experts = cfg.num_experts_per_tok, cfg.num_experts
         self.gate = weights.linear(prefix + "gate")
         self.gate_up = SameInput(*(weights.linear(f"{prefix}switch_mlp.{p}_proj") for p in ("gate", "up")))
         self.down_proj = weights.linear(prefix + "switch_mlp.down_proj")
@@ -168,15 +168,15 @@ class MoE:
         """x: [N, H], experts: [N, k] → [N, k, H]"""
         n, k = experts.shape
         if n * k < SORT_ROWS:
-            return self._apply(x[:, None, None], experts, False)[:, :, 0]
+            return self._apply(x[:, None, None], experts)[:, :, 0]
         flat = experts.reshape(-1)
-        order = mx.argsort(flat)  # rows of one expert next to each other, so that its weights are read once
-        y = self._apply(x[order // k][:, None], flat[order], True)[:, 0]
-        return y[mx.argsort(order)].reshape(n, k, -1)
+        sorting = Sorting.of(flat, self.experts)
+        y = self._apply(x[sorting.order // k][:, None], flat[sorting.order], sorting)[:, 0]
+        return y[mx.argsort(sorting.order)].reshape(n, k, -1)
 
-    def _apply(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
-        y = swiglu(*self.gate_up.gather(x, experts, is_sorted))
-        return self.down_proj.gather(y, experts, is_sorted)
+    def _apply(self, x: mx.array, experts: mx.array, sorting: Sorting | None = None) -> mx.array:
+        y = swiglu(*self.gate_up.gather(x, experts, sorting))
+        return self.down_proj.gather(y, experts, sorting)
 
     def fuse(self) -> None:
         self.gate_up.fuse()
