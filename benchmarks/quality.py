@@ -102,6 +102,7 @@ def one(args: argparse.Namespace, plan: str, statistics: Path) -> None:
         "p999": found.kld_p999.value if found.kld_p999 else None,
         "top1": found.top1.value,
         "predicted": allocation.get("predicted_kld"),
+        "rules": allocation.get("rules"),
         "windows": found.window_kld,
         "build_s": round(wall, 1),
     }

@@ -7,5 +7,6 @@ QUANT_VERSION = 1
 SOLVERS = ("rtn", "ls", "gptq")  # `quant.solve`: round to nearest; least squares; GPTQ with coordinate descent
 # Bump it, with the reason, when the same statistics would give other prices (`quant.sensitivity`).
 # 1: second order on sampled rows, a factor a class from probes at 2 and 4 bits
-SENSITIVITY_VERSION = 1
+# 2: probes over windows spread over the text, twice as many, in place of its first
+SENSITIVITY_VERSION = 2
 ALLOCATED_SOLVER = "gptq"  # of variants made by size, unless the file says otherwise

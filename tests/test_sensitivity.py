@@ -156,6 +156,15 @@ def test_prices_are_measured_once_for_statistics_solver_and_version(prices):
     assert len(prices.runs) == 4
 
 
+def test_probes_are_taken_from_all_of_the_text(monkeypatch):
+    monkeypatch.setattr(quant.sensitivity, "PROBE_TOKENS", 12)
+    texts = [[i] * 4 for i in range(30)]
+    assert [w[0] for w in quant.sensitivity.probe_windows(texts)] == [0, 10, 20]
+    assert [w[0] for w in quant.sensitivity.probe_windows(texts[:2])] == [0, 1]
+    # windows of another length, as of a short conversation, do not stand beside the others
+    assert [w[0] for w in quant.sensitivity.probe_windows([*texts[:3], [9]])] == [0, 1, 2]
+
+
 def test_a_measurement_that_was_stopped_leaves_no_prices(prices):
     def stop(*args):
         raise KeyboardInterrupt
