@@ -110,7 +110,7 @@ def build_held(
     if evaluate:
         from .evaluate import evaluate_held  # noqa: PLC0415 - it needs this module
 
-        evaluate_held(project, [id for id in ids if not _failed(project, id)], hub, report, force)
+        evaluate_held(project, [id for id in ids if not _failed(project, id)], hub, report, force, cards=False)
     changed = render_cards(project, seen.base) if "card" not in skip else set()
     for id in sorted(changed, key=list(seen.rungs).index):
         report.line(f"{id}: card written")
@@ -124,7 +124,7 @@ def build_held(
     return outcomes
 
 
-build = exclusive(build_held)
+build = exclusive("build")(build_held)
 
 
 def _needs_weights(rung: Rung, skip: Collection[str], evaluate: bool, keep_pruned: bool) -> bool:
@@ -442,7 +442,7 @@ def measure_stale(
     return {id for id, m in done.items() if m.smoke}, {id for id, m in done.items() if m.bench}
 
 
-@exclusive
+@exclusive("smoke or bench")
 def remeasure(project: Project, ids: Sequence[str], step: str, hub: Callable[[], Hub], report: Report) -> list[Outcome]:
     """Run one step again on built variants, whatever is on record, and bring the cards after it."""
     seen = survey(project, hub, weights=True, cards=False)

@@ -55,7 +55,7 @@ class Calibrated:
     costs: Costs
 
 
-@exclusive
+@exclusive("calibrate")
 def calibrate(project: Project, hub: Callable[[], Hub], report: Report, force: bool = False) -> Calibrated:
     """Collect the statistics that variants.yaml asks for, or find them. Raises InputError for texts that do not serve."""
     base = resolve_base(project, hub, True, report.nbytes)

@@ -106,7 +106,7 @@ class Options:
 
 
 def common(f: Callable[..., Any]) -> Callable[..., Any]:
-    """--file, --json and --quiet, given to the command as one `Options`."""
+    """--file, --json and --quiet, given to the command as one `Options`. Where there are IDS and --all, one of them is given."""
 
     @click.option(
         "--file",
@@ -119,6 +119,8 @@ def common(f: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("-q", "--quiet", is_flag=True, help="No progress.")
     @functools.wraps(f)
     def wrapped(file: Path, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
+        if kwargs.get("ids") and kwargs.get("all_variants"):
+            raise InputError("found variants and --all: name some, or give --all")
         return f(Options(file, as_json, quiet), **kwargs)
 
     return wrapped
@@ -139,7 +141,6 @@ def _complete_ids(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 
 some_ids = click.argument("ids", nargs=-1, metavar="[IDS]...", shell_complete=_complete_ids)
-must_ids = click.argument("ids", nargs=-1, required=True, metavar="IDS...", shell_complete=_complete_ids)
 sign_option = click.option(
     "--sign-key",
     type=click.Path(path_type=Path),
@@ -258,19 +259,21 @@ def build(
 
 
 @main.command()
-@must_ids
+@some_ids
+@all_flag
 @common
-def smoke(options: Options, ids: tuple[str, ...]) -> None:
+def smoke(options: Options, ids: tuple[str, ...], all_variants: bool) -> None:
     """Run the smoke test again on built variants."""
-    _again(options, ids, "smoke")
+    _again(options, ids, all_variants, "smoke")
 
 
 @main.command()
-@must_ids
+@some_ids
+@all_flag
 @common
-def bench(options: Options, ids: tuple[str, ...]) -> None:
+def bench(options: Options, ids: tuple[str, ...], all_variants: bool) -> None:
     """Run the benchmark again on built variants, with the BF16 row in the same run."""
-    _again(options, ids, "bench")
+    _again(options, ids, all_variants, "bench")
 
 
 @main.command("eval")
@@ -293,7 +296,7 @@ def evaluate(
     from . import show
     from .evaluate import compare_variants, evaluate
 
-    asked = {*ids, *(compare or ())}
+    asked = () if all_variants else {*ids, *(compare or ())}
     chosen = project.select(asked, all_variants) if asked or all_variants or not baselines else []
     evaluate(project, chosen, options.hub, options.report, force, baselines)
     pairs = compare_variants(project, *compare) if compare else []
@@ -303,12 +306,12 @@ def evaluate(
     )
 
 
-def _again(options: Options, ids: tuple[str, ...], step: str) -> None:
+def _again(options: Options, ids: tuple[str, ...], all_variants: bool, step: str) -> None:
     from . import show
     from .build import remeasure
 
     project = options.project
-    outcomes = remeasure(project, project.select(ids), step, options.hub, options.report)
+    outcomes = remeasure(project, project.select(ids, all_variants), step, options.hub, options.report)
     options.show(
         show.results_json(project, [o.id for o in outcomes]),
         lambda: show.results_text(project, [o.id for o in outcomes], step),
@@ -335,7 +338,7 @@ def card(options: Options, ids: tuple[str, ...], all_variants: bool, check: bool
         require_built(project, id)
     base = resolve_base(project, options.hub, weights=False)
     if not check:
-        with project.store.lock():
+        with project.store.lock("card"):
             changed = render_cards(project, base, chosen)
         options.show(
             {"changed": [i for i in chosen if i in changed]}, lambda: show.cards_text(project, chosen, changed)
@@ -372,6 +375,7 @@ def status(options: Options, ids: tuple[str, ...], remote: bool) -> None:
 
 @main.command()
 @some_ids
+@all_flag
 @click.option("--remote", is_flag=True, help="Prove by hash that the hub holds exactly the manifest.")
 @click.option("--download", is_flag=True, help="Fetch the repo into a clean folder, hash every file, load the model.")
 @click.option("--rebuild", is_flag=True, help="Build the weights again from the provenance, and compare every byte.")
@@ -379,16 +383,21 @@ def status(options: Options, ids: tuple[str, ...], remote: bool) -> None:
 @click.option("--public-key", type=_file, help="Public EC key of who must have signed.")
 @click.option("--certificate", "certificates", type=_file, multiple=True, help="Trusted certificate of who signed.")
 @common
-def verify(options: Options, ids: tuple[str, ...], certificates: tuple[Path, ...], **asked: Any) -> None:
+def verify(
+    options: Options, ids: tuple[str, ...], all_variants: bool, certificates: tuple[Path, ...], **asked: Any
+) -> None:
     """Files against the manifest; packed weights against config and index; the signature, where there is one.
 
-    Besides variants, folders are taken that hold one, such as a repo that was downloaded.
+    Besides variants, folders are taken that hold one, such as a repo that was downloaded. Without either, all that is
+    built is meant.
     """
     from . import show
     from .verification import Asked
     from .verification import verify as run
 
     wanted = Asked(certificates=certificates, **asked)
+    if all_variants:
+        ids = tuple(options.project.ladder.variants)
     checks = run(lambda: options.project, ids, wanted, options.hub, options.report)
     options.show(show.checks_json(checks), lambda: show.checks_text(checks, brief=True))
     failed = [f"{id}: {c.name}: {c.detail}" for id, found in checks.items() for c in found if c.passed is False]
@@ -431,9 +440,9 @@ def push(
     hub = options.hub()
     choices = Choices(create_pr, private, public, overwrite, prune)
     plans = prepare(project, chosen, hub, choices)
-    text = show.push_text(plans, hub.endpoint)
+    text = show.push_text(plans, hub.endpoint, prune)
     if dry_run:
-        options.show(show.push_json(plans), lambda: text)
+        options.show(show.push_json(plans, prune), lambda: text)
         if refused := [p.refusal for p in plans if p.refusal]:
             raise RemoteChanged("; ".join(refused))
         return

@@ -88,26 +88,6 @@ class Subject:
     text_params: int
 
 
-@exclusive
-def evaluate(
-    project: Project,
-    ids: Sequence[str],
-    hub: Callable[[], Hub],
-    report: Report,
-    force: bool = False,
-    baselines: bool = False,
-) -> list[str]:
-    """Measure built variants whose quality is not current, and the baselines if asked for; returns what was measured.
-
-    Each result is written as soon as it is there: a killed run goes on with the next. Raises GateRefused for a variant
-    that is not built, InputError for texts that cannot be used, ResourceError where memory does not suffice.
-    """
-    measured = evaluate_held(project, ids, hub, report, force, baselines)
-    if measured:
-        render_cards(project, resolve_base(project, hub, weights=False))
-    return measured
-
-
 def evaluate_held(
     project: Project,
     ids: Sequence[str],
@@ -115,8 +95,14 @@ def evaluate_held(
     report: Report,
     force: bool = False,
     baselines: bool = False,
+    cards: bool = True,
 ) -> list[str]:
-    """The same by a caller that holds the lock."""
+    """Measure built variants whose quality is not current, and the baselines if asked for; returns what was measured.
+
+    Each result is written as soon as it is there: a killed run goes on with the next. Raises GateRefused for a variant
+    that is not built, InputError for texts that cannot be used, ResourceError where memory does not suffice. For a caller
+    that holds the lock. cards: render them again, unless the caller does.
+    """
     manifests = {id: require_built(project, id) for id in ids}
     base = resolve_base(project, hub, weights=True, progress=None)
     session = Session(project, base, report)
@@ -134,7 +120,12 @@ def evaluate_held(
         measured += measure_baselines(session, hub, force)
     if not measured:
         report.line("nothing to measure: all is current")
+    elif cards:
+        render_cards(project, resolve_base(project, hub, weights=False))
     return measured
+
+
+evaluate = exclusive("eval")(evaluate_held)
 
 
 def compare_variants(project: Project, a: str, b: str) -> list[Paired]:

@@ -52,7 +52,7 @@ from .hub_collections import Item, arrange
 from .hub_errors import Calls, Patience
 from .hub_types import Copy, Head, RemoteFile, Upload
 from .hub_watch import Limits
-from .repo_lock import repo_lock
+from .locks import repo_lock
 
 __all__ = [
     "Account", "Copy", "Head", "Hub", "Progress", "RemoteFile", "Upload",
@@ -198,6 +198,12 @@ class Hub:
             return files
 
         return self._call(f"listing the files of {repo}", ask)
+
+    def history(self, repo: str, commit: str) -> list[str]:
+        """The commits that led to this one, newest first, itself included."""
+        doing = f"reading the history of {repo}"
+        found = self._call(doing, self._api.list_repo_commits, repo, revision=commit)
+        return [self._commit_id(c.commit_id, doing) for c in found]
 
     def tags(self, repo: str) -> dict[str, str]:
         """Commit by tag name."""

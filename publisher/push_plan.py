@@ -1,8 +1,8 @@
 """What a push would do: the folder, the receipts of earlier pushes and the repo, compared by hash. Changes nothing.
 
 A file on the hub that is neither ours nor as the last push left it was edited by somebody: `foreign`, never overwritten
-silently. A file on the hub that no push from here knows is kept, whatever it is, but weights among them (`strays`) stop
-a push: loaders read every `model*.safetensors`.
+silently. So is one of the last push that somebody deleted there: never put back silently. A file on the hub that no push
+from here knows is kept, whatever it is, but weights among them (`strays`) stop a push: loaders read every `model*.safetensors`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 from inference.errors import GateRefused, InputError
 
 from .hub import Copy, Head, Hub, RemoteFile
-from .prune import pruned
+from .prune import WEIGHTS, pruned
 from .push_cards import BOTH, CardEdit, card_edit, text_edit
 from .push_copies import find_copies
 from .schema import Manifest, Receipt
@@ -27,6 +28,7 @@ from .verify import SIGNATURE, beside_manifest, file_key, is_plain, sha256_of
 
 CARD = "README.md"
 TEXT_BYTES = 1 << 20  # of a file whose difference is shown
+LOOKED_AT = 20  # commits that are listed to find where a file was deleted
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class ForeignEdit:
-    """A file on the hub that differs from ours and from what the last push left. diff: unified, for text."""
+    """A file on the hub that differs from ours and from what the last push left. diff: unified, for text; deleted: it is
+    there no more."""
 
     path: str
     what: str
     diff: str = ""
+    deleted: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ class PushPlan:
     """What a push would do. head: the commit it was planned on, None if there is no repo yet.
 
     add, update, unchanged: our files; delete: of an earlier push, ours no more; kept: on the hub, not from here;
-    foreign: ours, but edited on the hub; strays: weights on the hub that are not from here; copies: of what is to be added
-    or updated, the bytes that the hub has, in this repo or in another one.
+    foreign: ours, but edited or deleted on the hub; strays: weights on the hub that are not from here; copies: of what is
+    to be added or updated, the bytes that the hub has, in this repo or in another one.
     """
 
     target: Target
@@ -116,6 +120,11 @@ class PushPlan:
         return next((f.data for f in (*self.add, *self.update) if f.path == SIGNATURE), None)
 
     @property
+    def weights_here(self) -> tuple[LocalFile, ...]:
+        """What --prune deletes in the folder once the hub is proven to hold it."""
+        return tuple(f for f in self.files if f.path.endswith(WEIGHTS) and f.key is not None)
+
+    @property
     def bytes_to_send(self) -> int:
         """At most; what the hub has stored already for any repo is not sent again."""
         copied = {c.path for c in self.copies}
@@ -139,13 +148,12 @@ class PushPlan:
         if self.foreign and not (self.target.overwrite or self.target.create_pr):
             first = self.foreign[0]
             more = f" (and {len(self.foreign) - 1} more)" if len(self.foreign) > 1 else ""
-            step = "take it over into variants.yaml or the templates"
+            step = "take it over into variants.yaml or the templates and push with --overwrite"
+            if first.deleted:
+                step = "push with --overwrite to put it back"
             if first.what == BOTH:
-                step = f"take over what is to stay into the notes in build/{self.id}/{CARD}"
-            return (
-                f"{self.repo}: {first.path}{more} {first.what}; {step} and push with --overwrite, or propose with "
-                "--create-pr"
-            )
+                step = f"take over what is to stay into the notes in build/{self.id}/{CARD} and push with --overwrite"
+            return f"{self.repo}: {first.path}{more} {first.what}; {step}, or propose with --create-pr"
         return None
 
     @property
@@ -232,14 +240,18 @@ def plan_push(
         number = None
     revision = "main" if number is None else f"refs/pr/{number}"
     head = hub.head(repo, revision)
-    known = Known(_pushed(hub, repo, head, receipt, pull), _listed(hub, repo, head, receipt, files))
+    last = receipt if number is None else pull
+    known = Known(
+        _pushed(hub, repo, head, receipt, pull),
+        _listed(hub, repo, head, receipt, files),
+        _deleted(hub, repo, head, last, files),
+    )
     target = Target(id, repo, hub.endpoint, private, create_pr, number, overwrite, staged)
     plan = _spare_signature(hub, decide(target, manifest.weights_hash, files, head, known), head)
     plan = replace(plan, copies=tuple(find_copies(hub, project, plan, head)))
     if head is None or not plan.foreign:
         return plan
-    last = receipt if number is None else pull
-    if any(f.path == CARD for f in plan.foreign):
+    if any(f.path == CARD and not f.deleted for f in plan.foreign):
         plan = with_edit(
             plan, card_edit(hub, repo, head.commit, last and last.commit, project.store.variant(id) / CARD)
         )
@@ -247,7 +259,7 @@ def plan_push(
     return replace(
         plan,
         foreign=tuple(
-            f if f.path in (CARD, SIGNATURE) or max(ours[f.path].size, head.files[f.path].size) > TEXT_BYTES
+            f if f.deleted or f.path in (CARD, SIGNATURE) or max(ours[f.path].size, head.files[f.path].size) > TEXT_BYTES
             else replace(f, diff=text_edit(hub, repo, head.commit, last and last.commit, ours[f.path].source, f.path))
             for f in plan.foreign
         ),
@@ -349,6 +361,28 @@ def _pushed(hub: Hub, repo: str, head: Head | None, *receipts: Receipt | None) -
     return found
 
 
+def _deleted(
+    hub: Hub, repo: str, head: Head | None, last: Receipt | None, files: Sequence[LocalFile]
+) -> dict[str, str]:
+    """Our files that the last push left on the hub and somebody deleted there, by path: the commit that did, "" if it is
+    far back. None where that push is not in the history of the head: the repo was made anew, or its history squashed."""
+    if head is None or last is None or head.commit == last.commit:
+        return {}
+    lost = {f.path for f in files if f.path not in head.files} & {f.path for f in last.files}
+    history = hub.history(repo, head.commit) if lost else []
+    if last.commit not in history:
+        return {}
+    found = dict.fromkeys(sorted(lost), "")
+    since = history[: history.index(last.commit) + 1]
+    for later, commit in pairwise(since[: LOOKED_AT + 1]):
+        for path in lost & (hub.tree(repo, commit) or {}).keys():
+            found[path] = later
+            lost.remove(path)
+        if not lost:
+            break
+    return found
+
+
 def _listed(
     hub: Hub, repo: str, head: Head | None, receipt: Receipt | None, files: Sequence[LocalFile]
 ) -> dict[str, str]:
@@ -367,10 +401,11 @@ def _listed(
 @dataclass(frozen=True)
 class Known:
     """What on the hub is from here. pushed: identities by path, from receipts; listed: sha256 by path, from the
-    manifest on the hub, where there is no receipt."""
+    manifest on the hub, where there is no receipt; deleted: commit by path, of ours that are no more there."""
 
     pushed: Mapping[str, set[str]]
     listed: Mapping[str, str]
+    deleted: Mapping[str, str] = field(default_factory=dict)
 
 
 def decide(target: Target, weights_hash: str, files: Sequence[LocalFile], head: Head | None, known: Known) -> PushPlan:
@@ -381,7 +416,7 @@ def decide(target: Target, weights_hash: str, files: Sequence[LocalFile], head: 
     unchanged = tuple(f for f in files if f.path in there and same(f, there[f.path]))
     update = tuple(f for f in files if f.path in there and f not in unchanged)
     stale, kept, strays = [], [], []
-    foreign = []
+    foreign = [ForeignEdit(path, _deletion(commit), deleted=True) for path, commit in known.deleted.items()]
     for f in update:
         if there[f.path].identity not in known.pushed.get(f.path, ()):
             what = (
@@ -412,6 +447,10 @@ def decide(target: Target, weights_hash: str, files: Sequence[LocalFile], head: 
         strays=tuple(strays),
         reasons=tuple(_reasons(head, add, update, stale)),
     )
+
+
+def _deletion(commit: str) -> str:
+    return f"was deleted on the hub{f' in commit {commit[:8]}' if commit else ''} since the last push"
 
 
 def _reasons(

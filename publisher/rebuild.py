@@ -225,16 +225,16 @@ def _find(what: str, named: str, known: Iterable[Path | None], inputs: Path | No
     places = [*(p for p in known if p), *([inputs / name] if inputs and name not in ("", "..") else [])]
     there = [p.resolve() for p in places if p.exists()]
     if not there:
-        raise InputError(
-            f"{what} is a local one named {name!r}, and not here; put it into a folder and give --inputs FOLDER"
-        )
+        looked = f" at {' or '.join(str(p) for p in places)}" if places else ""
+        step = "put it there" if inputs else "put it into a folder and give --inputs FOLDER"
+        raise InputError(f"{what} is a local one named {name!r}, and not here{looked}; {step}")
     if sha256 is None:
         return there[0]
     found = [(p, sha256_file(p)) for p in there if p.is_file()]
     good = next((p for p, sha in found if sha == sha256), None)
     if good is None:
-        shown = f"sha256 {found[0][1][:12]}" if found else "a folder"
-        raise InputError(f"{what} {name!r}: found {shown}, on record is {sha256[:12]}")
+        path, shown = (found[0][0], f"sha256 {found[0][1][:12]}") if found else (there[0], "a folder")
+        raise InputError(f"{what} {name!r}: found {shown} at {path}, on record is {sha256[:12]}")
     return good
 
 

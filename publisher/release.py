@@ -74,6 +74,7 @@ class Released:
     freed: dict[str, int] = field(default_factory=dict)
 
 
+@exclusive("push")
 def prepare(project: Project, ids: Sequence[str], hub: Hub, choices: Choices = Choices()) -> list[PushPlan]:
     """The plan of each variant. Changes nothing here, signatures included, but puts on record what weights the hub
     holds (`card_history`). Raises GateRefused, or what stands against it on the hub (`preflight`), every refusal on its line.
@@ -190,7 +191,7 @@ def release_held(
     return done
 
 
-release = exclusive(release_held)
+release = exclusive("push")(release_held)
 
 
 def _mark(book: LadderBook, plan: PushPlan, choices: Choices) -> None:
@@ -287,7 +288,7 @@ def build_and_push(
     choices.check()
     connection = hub()
     before_building(project, connection, ids, choices.private, choices.staged)
-    with project.store.lock():
+    with project.store.lock("build --push"):
         with Ahead(project, connection, choices.private, choices.staged, report) as ahead:
             # one connection for both: a second one would close the client that uploads
             outcomes = build_held(

@@ -6,7 +6,6 @@ lets go of a folder's lock when its process ends, so a run that is still at work
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -15,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from inference.errors import ResourceError
+
+from .locks import take
 
 LOCK = ".lock"
 PREFIX = "publish"
@@ -33,7 +34,7 @@ def scratch(kind: str, parent: Path | None = None) -> Iterator[Path]:
         raise ResourceError(f"{parent}: cannot be written to ({e.strerror})") from None
     try:
         with open(root / LOCK, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            take(lock, wait=True)
             (root / "work").mkdir()
             yield root / "work"
     finally:
@@ -47,5 +48,5 @@ def _sweep(parent: Path, kind: str) -> None:
             if left.is_symlink() or left.stat().st_uid != os.getuid():
                 continue
             with open(left / LOCK) as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
+                if take(lock):
+                    shutil.rmtree(left, ignore_errors=True)

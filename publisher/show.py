@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .drift import BaseDrift
     from .evaluate_figures import Paired
     from .push import PushPlan, RemoteState
+    from .push_plan import LocalFile
     from .release import Released
 
 GIB = 1 << 30
@@ -621,7 +622,8 @@ def checks_text(checks: Mapping[str, Sequence[Check]], brief: bool = False) -> s
 # ---------------------------------------------------------------------------------------------- push
 
 
-def push_json(plans: Sequence[PushPlan]) -> dict[str, Any]:
+def push_json(plans: Sequence[PushPlan], prune: bool = False) -> dict[str, Any]:
+    """prune: whether weights here would be deleted at the end."""
     return {
         "plans": [
             {
@@ -634,20 +636,21 @@ def push_json(plans: Sequence[PushPlan]) -> dict[str, Any]:
                 "delete": list(p.delete),
                 "unchanged": [f.path for f in p.unchanged],
                 "kept": list(p.kept),
-                "foreign": [{"path": f.path, "what": f.what, "diff": f.diff} for f in p.foreign],
+                "foreign": [{"path": f.path, "what": f.what, "diff": f.diff, "deleted": f.deleted} for f in p.foreign],
                 "strays": list(p.strays),
                 "refused": p.refusal,
                 "told": list(p.told),
                 "copied": {c.path: f"{c.repo or p.repo}/{c.source}" for c in p.copies},
                 "bytes_to_send": p.bytes_to_send,
+                "prune": {f.path: f.size for f in _pruned_by(p, prune)},
             }
             for p in plans
         ]
     }
 
 
-def push_text(plans: Sequence[PushPlan], endpoint: str) -> str:
-    """A table, then of each variant by name what would change, and what others changed on the hub."""
+def push_text(plans: Sequence[PushPlan], endpoint: str, prune: bool = False) -> str:
+    """A table, then of each variant by name what would change, and what others changed on the hub. prune: as of `push_json`."""
     rows = []
     for p in plans:
         if p.up_to_date:
@@ -657,19 +660,31 @@ def push_text(plans: Sequence[PushPlan], endpoint: str) -> str:
             what = ", ".join(f"{word} {n}" for word, n in parts if n) + f"; {len(p.unchanged)} unchanged"
         rows.append((p.id, p.repo, "" if p.exists else "new", what, size(p.bytes_to_send) if not p.up_to_date else ""))
     total = sum(p.bytes_to_send for p in plans)
+    freed = sum(f.size for p in plans for f in _pruned_by(p, prune))
     return "\n".join(
         [
             f"to {endpoint}",
             table(("variant", "repo", "", "change", "to send"), rows, right=(4,)),
             *(line for p in plans for line in _push_lines(p)),
-            f"at most {size(total)} to send",
+            *(
+                f"{p.id}: delete here, once the hub is proven to hold them: {_names([f.path for f in found])} "
+                f"({size(sum(f.size for f in found))})"
+                for p in plans
+                if (found := _pruned_by(p, prune))
+            ),
+            f"at most {size(total)} to send" + (f", {size(freed)} to prune here" if prune else ""),
         ]
     )
 
 
+def _pruned_by(plan: PushPlan, prune: bool) -> Sequence[LocalFile]:
+    return plan.weights_here if prune and not plan.refusal else ()
+
+
 def _push_lines(p: PushPlan) -> Iterable[str]:
+    back = {f.path for f in p.foreign if f.deleted}
     named = {
-        "add": [f.path for f in p.add],
+        "add": [f.path for f in p.add if f.path not in back],
         "update": [f.path for f in p.update],
         "delete": p.delete,
         "copied by the hub": [c.path for c in p.copies],
@@ -684,7 +699,10 @@ def _push_lines(p: PushPlan) -> Iterable[str]:
         yield f"{p.id}: would sign"
     yield from (_visible(f"{p.id}: {line}") for line in p.told)
     for f in p.foreign:
-        yield _visible(f"{p.id}: {f.path} {f.what}" + ("; would be replaced" if p.target.overwrite else ""))
+        yield _visible(
+            f"{p.id}: {f.path} {f.what}"
+            + (f"; would be {'put back' if f.deleted else 'replaced'}" if p.target.overwrite else "")
+        )
         yield from (f"    {_visible(line)}" for line in f.diff.splitlines())
     if p.refusal:
         yield _visible(f"{p.id}: would be refused: {p.refusal}")

@@ -14,7 +14,6 @@ out/staging/<ID>-<inputs>/       a build under way
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import glob
 import hashlib
@@ -29,6 +28,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from inference.errors import InputError
+
+from .locks import hold
 
 Model = TypeVar("Model", bound=BaseModel)
 PART = ".part"  # of a file that is being written
@@ -93,21 +94,24 @@ class Store:
         return self.root / "baselines.json"
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """One writer at a time: the kernel lets go of it when the process ends, however it ends.
+    def lock(self, doing: str) -> Iterator[None]:
+        """One command at a time that writes here. doing: which, for the message that others get.
 
         Raises InputError if another process is at work in this folder, or if nothing can be written there.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            file = open(self.root / ".lock", "a")  # noqa: SIM115 - closed below
+            file = open(self.root / ".lock", "a+")  # noqa: SIM115 - closed below
         except OSError as e:
             raise InputError(f"output {self.root}: cannot be written to ({e.strerror})") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"output {self.root}: another publish is at work there; wait for it to end") from None
+
+        def busy(who: str) -> InputError:
+            told = f" ({who})" if who else ""
+            return InputError(
+                f"output {self.root}: another publish is at work there{told}; wait for it to end, then run this again"
+            )
+
+        with file, hold(file, doing, busy):
             yield
 
 
@@ -115,15 +119,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def exclusive(f: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """For functions of a project that write below its output folder: they hold the lock while they run."""
+def exclusive(doing: str) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
+    """For functions of a project that write below its output folder: they hold the lock while they run. doing: the command."""
 
-    @functools.wraps(f)
-    def locked(project: Any, *args: P.args, **kwargs: P.kwargs) -> R:
-        with project.store.lock():
-            return f(project, *args, **kwargs)
+    def wrap(f: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+        @functools.wraps(f)
+        def locked(project: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+            with project.store.lock(doing):
+                return f(project, *args, **kwargs)
 
-    return locked
+        return locked
+
+    return wrap
 
 
 def digest(value: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -23,7 +23,7 @@ from quant.builtin import BUILTIN
 from quant.recipe import Recipe, Rule
 from quant.version import ALLOCATED_SOLVER
 
-from .schema import FloorSpec, ImatrixSource, Ladder, Lock, RecipeSpec, RuleSpec, VariantSpec
+from .schema import ImatrixSource, Ladder, Lock, RecipeSpec, RuleSpec, VariantSpec
 from .sizes import Size, parse_size
 from .store import RESERVED, Store, read_model
 
@@ -332,6 +332,12 @@ def explain(error: ValidationError, lines: dict[tuple[Any, ...], int], name: str
     """One line for the first mistake: file, line, key, what was found, what is allowed."""
     first = min(error.errors(), key=lambda e: (_line_of(e["loc"], lines)[0], len(e["loc"])))
     line, keys = _line_of(first["loc"], lines)
+    # a key that is missing, or a value that fits nothing, may well be a key beside it that is misspelt
+    for e in error.errors():
+        at, place = _line_of(e["loc"], lines)
+        if e["type"] == "extra_forbidden" and place[:-1] == keys:
+            first, line, keys = e, at, place
+            break
     same = [e for e in error.errors() if _line_of(e["loc"], lines)[1] == keys]
     where = ".".join(map(str, keys)) or "file"
     if first["type"] == "extra_forbidden":
@@ -390,16 +396,18 @@ def _line_of(loc: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> tuple[i
 
 def _allowed_keys(path: tuple[Any, ...], model: Any) -> list[str]:
     """Keys of the model at a path of the file, whose own model is `model`."""
-    models: dict[str, Any] = {
-        "variants": VariantSpec, "recipes": RecipeSpec, "rules": RuleSpec, "pins": RuleSpec, "floors": FloorSpec,
-    }  # fmt: skip
+    kind = model
     for part in path:
-        if part in models:
-            model = models[part]
-        elif isinstance(part, str) and part in getattr(model, "model_fields", {}):
-            kind = model.model_fields[part].annotation
-            model = next((a for a in (kind, *getattr(kind, "__args__", ())) if hasattr(a, "model_fields")), model)
-    return list(model.model_fields)
+        fields = getattr(kind, "model_fields", None)
+        kind = _keyed(get_args(kind)[-1] if fields is None else fields[part].annotation)
+    return list(kind.model_fields)
+
+
+def _keyed(kind: Any) -> Any:
+    """What of a type has keys or entries: a model, a dict or a list, without what else it may be (None, a bare string)."""
+    if hasattr(kind, "model_fields") or get_origin(kind) in (dict, list):
+        return kind
+    return next((found for found in map(_keyed, get_args(kind)) if found), None)
 
 
 def _check_names(project: Project) -> None:

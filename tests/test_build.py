@@ -37,7 +37,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
     return {
         p.relative_to(folder).as_posix(): (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest())
         for p in sorted((folder / "build").rglob("*"))
-        if p.is_file()
+        if p.is_file() and p.name != ".lock"
     }
 
 
@@ -496,7 +496,7 @@ def test_a_closed_pipe_is_no_error(built):
 
 
 def test_a_second_build_in_the_same_folder_waits_for_nobody_and_says_so(ladder: Path, publish) -> None:
-    with load_project(ladder / "variants.yaml").store.lock():
+    with load_project(ladder / "variants.yaml").store.lock("build"):
         line = publish("build", "--all", cwd=ladder).refused(2)
     assert "another publish is at work there" in line
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +17,7 @@ from inference import errors
 from publisher.cli import EXIT_CODES, exit_code, main
 from publisher.hub import Hub
 from publisher.localhub import Fault, LocalHub
+from publisher.variants import load_project
 
 WRITE, READ = "hf_secretWRITEtoken", "hf_secretREADtoken"
 IDS = ["Q2_K_XL", "Q3_K_XL", "Q4_K_XL", "Q5_K_XL", "Q6_K_XL", "Q8_K_XL"]
@@ -66,6 +69,8 @@ def test_every_kind_of_error_has_its_exit_code():
         (("plan", "Q4"), 2, "no variant 'Q4'; known: Q2_K_XL"),
         (("build",), 2, "name at least one variant, or give --all"),
         (("push",), 2, "name at least one variant, or give --all"),
+        (("smoke",), 2, "name at least one variant, or give --all"),
+        (("bench",), 2, "name at least one variant, or give --all"),
         (("chat", "nothing"), 2, "no variant 'nothing'"),
         (("plan", "--file", "other.yaml"), 2, "other.yaml: no such file"),
         (("init", "./model"), 2, "variants.yaml: exists already; give --force"),
@@ -82,6 +87,13 @@ def test_exit_codes_and_words(args, code, words, built, publish, monkeypatch):
     assert ran.code == code, ran.err
     if code:
         assert words in ran.refused(code)
+
+
+def test_variants_beside_all_are_refused_by_every_command_that_takes_both(built, publish):
+    both = [name for name, c in main.commands.items() if {"ids", "all_variants"} <= {p.name for p in c.params}]
+    assert set(both) >= {"allocate", "build", "smoke", "bench", "eval", "card", "verify", "push"}
+    for name in both:
+        assert "name some, or give --all" in publish(name, "Q4_K_XL", "--all", cwd=built).refused(2)
 
 
 def test_click_refuses_what_is_no_option_with_code_2(built, publish):
@@ -248,6 +260,28 @@ def test_a_dry_run_shows_the_plan_and_sends_nothing(ladder, publish, hub, online
     assert all(p["exists"] is False and "model.safetensors" in p["add"] for p in plans)
     assert not hub.stats.requests["commit"]
     assert not hub.stats.requests["repo_create"]
+
+
+def test_a_dry_run_says_what_prune_would_delete(ladder, publish, hub, online):
+    sizes = {id: (ladder / f"build/{id}/model.safetensors").stat().st_size for id in ("Q2_K_XL", "Q3_K_XL")}
+    args = ("push", *sizes, "--dry-run", "--prune")
+    text = publish(*args, cwd=ladder, env=online).ok().out
+    assert "Q2_K_XL: delete here, once the hub is proven to hold them: model.safetensors (" in text
+    assert f", {sum(sizes.values()) / 1e6:.2f} MB to prune here" in text
+    plans = json.loads(publish(*args, "--json", cwd=ladder, env=online).ok().out)["plans"]
+    assert {p["id"]: p["prune"] for p in plans} == {id: {"model.safetensors": n} for id, n in sizes.items()}
+    assert all((ladder / f"build/{id}/model.safetensors").exists() for id in sizes)
+    assert "prune here" not in publish("push", *sizes, "--dry-run", cwd=ladder, env=online).ok().out
+
+
+def test_a_push_during_a_build_says_that_one_is_at_work_and_whose(ladder, publish, hub, online):
+    shutil.rmtree(ladder / "build/Q4_K_XL")  # as while it is built
+    with load_project(ladder / "variants.yaml").store.lock("build"):
+        told = publish("push", "Q4_K_XL", "--yes", cwd=ladder, env=online).refused(2)
+    assert f"another publish is at work there (build, process {os.getpid()} on {platform.node()})" in told
+    assert told.endswith("wait for it to end, then run this again")
+    assert not hub.stats.requests["repo_create"]
+    assert "not built" in publish("push", "Q4_K_XL", "--yes", cwd=ladder, env=online).refused(3)
 
 
 def test_a_ladder_is_pushed_once_and_a_second_push_sends_nothing(ladder, publish, hub, online):

@@ -35,6 +35,7 @@ from publisher.hub_watch import Limits
 from publisher.localhub import Fault, LocalHub
 from publisher.push import execute, plan_push, remote_state, verify_remote
 from publisher.schema import Receipt
+from publisher.show import push_text
 from publisher.store import read_model
 
 WRITE, READ, STRANGER, UNKNOWN = "hf_writeTOKENwrite", "hf_readTOKENread", "hf_strangerTOKEN", "hf_unknownTOKEN"
@@ -235,13 +236,37 @@ def test_weights_of_others_in_the_repo_refuse_even_with_overwrite(server, projec
         push(server, project, overwrite=True)
 
 
-def test_a_file_deleted_on_the_hub_comes_back(server, project):
+@pytest.mark.parametrize("path", ["LICENSE", "README.md", "model-00001-of-00002.safetensors"])
+def test_a_file_deleted_on_the_hub_comes_back_only_if_that_is_asked_for(path, server, project):
     push(server, project)
-    somebody_commits(server, "LICENSE", None)
+    somebody_commits(server, "notes.txt", b"before")
+    commit = somebody_commits(server, path, None)
+    somebody_commits(server, "notes.txt", b"after")
     hub = connect(server)
     plan = plan_push(hub, project, "Q4")
-    assert [f.path for f in plan.add] == ["LICENSE"]
-    assert "LICENSE" in hub.tree(REPO, execute(hub, project, plan).commit)
+    assert [f.path for f in plan.add] == [path]
+    what = f"{path} was deleted on the hub in commit {commit[:8]} since the last push"
+    assert plan.refusal == f"{REPO}: {what}; push with --overwrite to put it back, or propose with --create-pr"
+    assert f"Q4: {what}\n" in push_text([plan], server.url)
+    assert f"{path}: was deleted on the hub in commit {commit[:8]} since the last push" in (
+        remote_state(hub, project, "Q4").differences
+    )
+    with pytest.raises(RemoteChanged, match="was deleted on the hub"):
+        execute(hub, project, plan)
+    plan = plan_push(hub, project, "Q4", overwrite=True)
+    assert f"Q4: {what}; would be put back\n" in push_text([plan], server.url)
+    assert path in hub.tree(REPO, execute(hub, project, plan).commit)
+    assert plan_push(hub, project, "Q4").up_to_date
+
+
+def test_a_repo_that_was_made_anew_is_filled_without_being_asked(server, project):
+    push(server, project)
+    api(server).delete_repo(REPO)
+    api(server).create_repo(REPO)  # as by a push that was killed before its commit
+    plan = plan_push(connect(server), project, "Q4")
+    assert not plan.foreign
+    assert plan.refusal is None
+    push(server, project)
 
 
 def test_a_head_that_moved_after_planning_is_found_before_anything_is_sent(server, project):

@@ -72,6 +72,10 @@ def test_a_downloaded_folder_is_rebuilt_without_the_ladder(repo, inputs, publish
         "the base Qwen3.5-tiny is a local one named 'Qwen3.5-tiny', and not here; "
         "put it into a folder and give --inputs FOLDER"
     )
+    (inputs / "imatrix-tiny.gguf").rename(inputs / "other.gguf")
+    told = publish("verify", str(repo), "--rebuild", "--inputs", str(inputs), cwd=tmp_path).refused(2)
+    where = inputs / "imatrix-tiny.gguf"
+    assert told == f"the imatrix is a local one named 'imatrix-tiny.gguf', and not here at {where}; put it there"
 
 
 def test_another_imatrix_or_base_is_told_before_anything_is_built(repo, inputs, publish, tmp_path):
@@ -79,7 +83,10 @@ def test_another_imatrix_or_base_is_told_before_anything_is_built(repo, inputs, 
     data[-1] ^= 1
     (inputs / "imatrix-tiny.gguf").write_bytes(data)
     told = publish("verify", str(repo), "--rebuild", "--inputs", str(inputs), cwd=tmp_path).refused(2)
-    assert re.fullmatch(r"the imatrix 'imatrix-tiny.gguf': found sha256 \w{12}, on record is \w{12}", told)
+    assert re.fullmatch(
+        r"the imatrix 'imatrix-tiny.gguf': found sha256 \w{12} at .*/inputs/imatrix-tiny.gguf, on record is \w{12}",
+        told,
+    )
     shutil.copy(EXAMPLE / "imatrix-tiny.gguf", inputs)
     (inputs / "Qwen3.5-tiny").unlink()
     base = shutil.copytree(EXAMPLE / "model", inputs / "Qwen3.5-tiny")

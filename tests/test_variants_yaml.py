@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 import yaml
@@ -93,6 +94,39 @@ def test_a_mistake_is_one_line_with_place_finding_and_remedy(fault, folder, publ
     assert allowed in told
     assert len(told) < 400
     assert not ran.out
+
+
+def _mappings(model, path=()):
+    """(path, model) of every mapping that variants.yaml may have; of a dict the key Q4, of a list the first entry."""
+    yield path, model
+    for name, field in model.model_fields.items():
+        todo = [field.annotation]
+        while todo:
+            kind = todo.pop()
+            if hasattr(kind, "model_fields"):
+                yield from _mappings(kind, (*path, name))
+            elif get_origin(kind) in (dict, list) and hasattr(get_args(kind)[-1], "model_fields"):
+                yield from _mappings(get_args(kind)[-1], (*path, name, "Q4" if get_origin(kind) is dict else 0))
+            else:
+                todo += get_args(kind)
+
+
+MISSPELT = [(path, name) for path, model in _mappings(Ladder) for name in model.model_fields]
+
+
+@pytest.mark.parametrize("flow", [False, True], ids=["block", "flow"])
+def test_a_misspelt_key_of_any_mapping_is_told_the_nearest(flow, folder):
+    assert ("collection",) in {path for path, _ in MISSPELT}
+    assert ("variants", "Q4", "imatrix") in {path for path, _ in MISSPELT}
+    for path, name in MISSPELT:
+        value = {name[0] + name[2:]: "x"}
+        for key in reversed(path):
+            value = [value] if key == 0 else {key: value}
+        value = {"base": "./model", "variants": {"Q4": {"bits": 4}}} | value
+        (folder / "variants.yaml").write_text(yaml.safe_dump(value, default_flow_style=flow, sort_keys=False))
+        with pytest.raises(InputError) as told:
+            load_project(folder / "variants.yaml")
+        assert str(told.value).endswith(f"; did you mean {name}?"), (path, str(told.value))
 
 
 def test_a_file_that_is_not_there_names_the_command_that_writes_one(tmp_path, publish):
