@@ -39,6 +39,7 @@ TEMPLATE_ERRORS = (
 
 
 def words(text: str) -> frozenset[str]:
+    """The names in a text, separated by spaces."""
     return frozenset(text.split())
 
 
@@ -107,6 +108,7 @@ class Metered(ImmutableSandboxedEnvironment):
     # ------------------------------------------------------------------------------------------ the budget
 
     def spend(self, units: int) -> None:
+        """Take units off the budget. Raises TemplateRuntimeError where it has none left."""
         self.left -= max(units, 0)
         if self.left < 0:
             raise TemplateRuntimeError(
@@ -114,6 +116,7 @@ class Metered(ImmutableSandboxedEnvironment):
             )
 
     def each(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The items, each for STEP units. Raises as `spend`."""
         for item in items:
             self.spend(STEP)
             yield item

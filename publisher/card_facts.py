@@ -27,6 +27,7 @@ from .card_history import releases
 from .card_metadata import FRONT_BYTES, HEADER, LICENSE_ID
 from .card_notes import Notes, read_notes
 from .card_quality import Entry, Standings, measured_entries, standings
+from .hub_types import HUGGING_FACE
 from .plan import quant_table, rule_inputs
 from .prune import described, pruned
 from .schema import Bench, BuildInputs, BuildRecord, CardSpec, FileEntry, Manifest, Release, Smoke
@@ -236,7 +237,7 @@ def _license(front: dict[str, Any], repo: str | None) -> License | None:
     if not isinstance(link, str) or not re.fullmatch(r"https://\S+|LICENSE(\.\w+)?", link):
         link = None
     if link and not link.startswith("https://") and repo:
-        link = f"https://huggingface.co/{repo}/blob/main/{link}"
+        link = f"{HUGGING_FACE}/{repo}/blob/main/{link}"
     return License(id, name, link, True)
 
 

@@ -8,7 +8,6 @@ A release counts in the repo and on the hub where it was made: a rehearsal is no
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from inference.errors import InputError
 
 from . import card_format as fmt
+from .hub_types import HUGGING_FACE, default_endpoint
 from .schema import BuildRecord, History, Manifest, Receipt, Release, ReleaseQuality
 from .staleness import input_reasons
 from .store import MANIFEST_BYTES, read_model, read_result, write_model
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .hub import Hub
     from .push_plan import PushPlan
 
-HUGGING_FACE = "https://huggingface.co"
 REASONS = 12  # told of one release
 RELEASES = 12  # told on a card
 
@@ -59,20 +58,16 @@ class Changelog:
 def releases(project: Project, id: str, manifest: Manifest) -> tuple[Release, ...]:
     """What was released of a variant, oldest first, and the weights in its folder as the last. Raises InputError if
     history.json does not parse."""
-    known = [_measured(project, r) for r in _here(project, id, endpoint())]
+    at = default_endpoint()  # the past that counts is that of the hub that a push would go to
+    known = [_measured(project, r) for r in _here(project, id, at)]
     if known and known[-1].weights_hash == manifest.weights_hash:
         known.pop()
-    return (*known, _release(project, id, manifest, endpoint()))
-
-
-def endpoint() -> str:
-    """The hub whose past counts: the one that a push would go to."""
-    return (os.environ.get("HF_ENDPOINT") or HUGGING_FACE).rstrip("/")
+    return (*known, _release(project, id, manifest, at))
 
 
 def card_command(project: Project, id: str, manifest: Manifest) -> str:
     """What renders the card that a push from here would need: the past of another hub than the real one is asked for."""
-    at = endpoint()
+    at = default_endpoint()
     try:
         past = at != HUGGING_FACE and len(releases(project, id, manifest)) > 1
     except InputError:

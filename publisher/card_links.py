@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from mdit_py_plugins.anchors import anchors_plugin
 
 from .card_metadata import HEADER
 
@@ -48,21 +49,22 @@ def read_links(text: str) -> tuple[list[Link], set[str]]:
     if header:
         text = "\n" * len(header[0].splitlines()) + text[header.end() :]
     parser = MarkdownIt("commonmark").enable("table")
+    anchors_plugin(parser, max_level=6)  # as the Hub makes them: small letters, hyphens for spaces, no punctuation
     # what it would rather not link to (javascript:, file:) is to be seen here, and as it is written
     parser.validateLink = lambda url: True
     parser.normalizeLink = lambda url: url
     links: list[Link] = []
     anchors: set[str] = set()
     tokens = parser.parse(text)
-    for i, token in enumerate(tokens):
+    for token in tokens:
         line = token.map[0] + 1 if token.map else 1
         if token.type == "html_block":
             _html(token.content, line, links, anchors)
         elif token.type == "inline":
             for child in token.children or ():
                 _inline(child, line, links, anchors)
-            if i and tokens[i - 1].type == "heading_open":
-                anchors.add(_slug(token.children or [], anchors))
+        elif token.type == "heading_open":
+            anchors.add(str(token.attrs["id"]))
     return links, anchors
 
 
@@ -99,14 +101,6 @@ class _Tags(HTMLParser):
         for name, value in attrs:
             if name in (*URLS, "srcset", "id", "name"):
                 self.found.append((self.getpos()[0] - 1, tag, name, value or ""))
-
-
-def _slug(children: list[Token], taken: Set[str]) -> str:
-    """The fragment of a heading, as the Hub's pages make it: small letters, hyphens for spaces, no punctuation."""
-    text = "".join(t.content for t in children if t.type in ("text", "code_inline")).strip().lower()
-    slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
-    numbers = (f"{slug}-{n}" for n in range(1, len(taken) + 2))
-    return slug if slug not in taken else next(s for s in numbers if s not in taken)
 
 
 def _fault(link: Link, files: Set[str], anchors: Set[str]) -> str:

@@ -4,6 +4,10 @@ The Hub checks a card's metadata when a commit arrives (`/api/validate-yaml` ask
 What it is known to refuse is refused here: values of the wrong type, languages that are no codes, a base model that is no
 id, keys that stand there twice. What it takes is the Hub's to say, so a licence that is not on its documented list is
 told (`unlisted_license`), not refused. Scalars are read as the Hub's YAML 1.2 reads them: `no` is Norwegian.
+
+`localhub.frontmatter` stands for the Hub's own check, and is another on purpose: a server that shares no code with its
+client cannot repeat the client's mistake. Here a licence has to be named, codes and ids have a form, and a key may stand
+there once; there a licence is one text, which is all that our cards write. YAML is read alike.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from . import card_format as fmt
 from .card_figure import Figure, Kind, Point
 from .card_quality import Entry, Standings
+from .hub_types import HUGGING_FACE
 from .schema import Device, Divergence, Quality
 from .sizes import CONTEXT, MEMORY_SHARE
 
 if TYPE_CHECKING:
     from .card_facts import Facts, Variant
 
-HUB = "https://huggingface.co/"
 MEMORIES = (8, 16, 24, 32, 48, 64)  # GB, of Macs
 CONTROL = "BF16 against BF16 computed another way"
 NONE = "–"
@@ -158,7 +158,7 @@ def _rows(s: Standings, names: dict[str, Variant], id: str, facts: Facts) -> Ite
         greedy = e.quality.greedy if e.quality else None
         yield QualityRow(
             name=e.name,
-            url=HUB + v.repo if v and v.owned and v.contents else None,
+            url=f"{HUGGING_FACE}/{v.repo}" if v and v.owned and v.contents else None,
             current=e.name == id,
             foreign=e.foreign,
             dominated=not e.foreign and s.dominator(e.name) is not None,
@@ -261,7 +261,7 @@ def _choices(facts: Facts, id: str, workspace: int | None) -> Iterable[Choice]:
             continue
         v = facts.variant(best.name)
         assert best.kld
-        url = HUB + v.repo if v.owned else None
+        url = f"{HUGGING_FACE}/{v.repo}" if v.owned else None
         yield Choice(text, best.name, url, best.name == id, fmt.size(needs[best.name]), fmt.small(best.kld.value))
 
 

@@ -18,10 +18,10 @@ from .card_bits import BitRow
 from .card_facts import SAMPLING, Base, Contents, Facts, License, Variant
 from .card_history import Change, changelog
 from .card_quality_view import QualityView, quality_view
+from .hub_types import HUGGING_FACE
 from .protocol import protocol_line
 from .schema import Bench, Check, Device, Speed
 
-HUB = "https://huggingface.co/"
 STRATEGY_TAGS = {"unsloth": "unsloth-dynamic", "unsloth_8bit_out": "unsloth-dynamic"}
 LICENSES = {
     "apache-2.0": ("Apache 2.0", "https://www.apache.org/licenses/LICENSE-2.0"),
@@ -156,7 +156,7 @@ def view(facts: Facts, id: str) -> View:
         front_matter=front_matter(facts, v, c, base.license),
         title=f"{base.short} {v.gguf or v.id} (MLX)",
         base=base,
-        base_url=HUB + base.repo if base.repo else None,
+        base_url=f"{HUGGING_FACE}/{base.repo}" if base.repo else None,
         variant=v,
         contents=c,
         tool=" ".join((fmt.link(tool, facts.card.tool_url), *version)),
@@ -287,7 +287,7 @@ def _ladder_row(
     return LadderRow(
         current=x.id == current.id,
         name=x.repo,
-        url=HUB + x.repo if x.owned and c else None,
+        url=f"{HUGGING_FACE}/{x.repo}" if x.owned and c else None,
         gguf=x.gguf or "no namesake",
         size=fmt.size(c.size) if c else x.missing,
         bpw=fmt.bpw(c.text_bpw) if c else x.missing,

@@ -28,6 +28,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -42,7 +43,6 @@ from huggingface_hub.utils import (
 from inference.checkpoint import shard_files
 from inference.errors import AuthError, CheckFailed, CheckpointError, HubUnavailable, InputError, RemoteChanged
 
-from . import hub_pulls
 from .account import Account, account_of
 from .card_metadata import HEADER
 from .fetch import BASE_FILES, check_disk, check_snapshot, download_base, download_file, download_size, remote_headers
@@ -50,7 +50,7 @@ from .hub_bounds import COMMIT_ID, is_file_of_a_repo
 from .hub_client import checked_endpoint, checked_token, configure, no_bars
 from .hub_collections import Item, arrange
 from .hub_errors import Calls, Patience
-from .hub_types import Copy, Head, RemoteFile, Upload
+from .hub_types import Copy, Head, RemoteFile, Upload, default_endpoint
 from .hub_watch import Limits
 from .locks import repo_lock
 
@@ -96,7 +96,7 @@ class Hub:
         limits: Limits = Limits(),  # noqa: B008
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.endpoint = checked_endpoint(endpoint or constants.ENDPOINT)
+        self.endpoint = checked_endpoint(endpoint or default_endpoint())
         self.pause_s = pause_s
         self._token = checked_token(token)
         patience = Patience(patience_s, pause_s, wait_s, patience_s + limits.answer_s)
@@ -116,20 +116,20 @@ class Hub:
         if constants.is_offline_mode():
             raise HubUnavailable(f"{doing} needs the hub, and HF_HUB_OFFLINE is set: unset it")
 
-    def require_token(self, doing: str) -> None:
-        """Raises AuthError if there is no token."""
+    def require_write(self, doing: str) -> Account:
+        """Whose token this is; the hub is asked once. Raises AuthError if there is none, the hub does not know it, or it can
+        only read; HubUnavailable while HF_HUB_OFFLINE is set."""
+        self.require_online(doing)
         if not self._token:
             raise AuthError(f"{doing} needs a token with write access: run `hf auth login`, or set HF_TOKEN")
-
-    def require_write(self, doing: str) -> Account:
-        """Whose token this is; the hub is asked once. Raises AuthError if there is none, or it can only read."""
-        self.require_token(doing)
         self._account = self._account or self.account()
         if self._account.role == "read":
             raise AuthError(f"{doing}: the token of {self._account.name} can only read; take one with write access")
         return self._account
 
     def account(self) -> Account:
+        """Whose token this is, asked now. Raises AuthError if the hub does not know it, HubUnavailable."""
+
         def ask() -> Account:
             found = account_of(self._api.whoami())
             if found is None:
@@ -308,15 +308,36 @@ class Hub:
 
     def open_pull(self, repo: str, title: str, text: str) -> int:
         """A new pull request without commits, or ours of that title if the answer to an earlier call was lost."""
-        return hub_pulls.open_pull(self._call, self._api, self.account().name, repo, title, text)
+        author = self.account().name
+
+        def ask() -> int:
+            for d in self._api.get_repo_discussions(
+                repo, author=author, discussion_type="pull_request", discussion_status="open"
+            ):
+                if d.title == title:
+                    return d.num
+            return self._api.create_pull_request(repo, title, description=text).num
+
+        return self._call(f"opening a pull request on {repo}", ask)
 
     def pull_status(self, repo: str, number: int) -> str:
         """draft, open, closed, merged, or "" if there is no such pull request."""
-        return hub_pulls.status(self._call, self._api, repo, number)
+
+        def ask() -> str:
+            try:
+                return self._api.get_discussion_details(repo, number).status
+            except HfHubHTTPError as e:
+                if e.response.status_code == 404:
+                    return ""
+                raise
+
+        return self._call(f"reading pull request {number} of {repo}", ask)
 
     def publish_pull(self, repo: str, number: int) -> None:
         """Make a draft an open pull request. Raises AuthError where only the repo's owner may."""
-        hub_pulls.publish(self._call, self._api, repo, number)
+        if self.pull_status(repo, number) == "draft":
+            doing = f"opening pull request {number} of {repo}"
+            self._call(doing, self._api.change_discussion_status, repo, number, "open")
 
     def tag(self, repo: str, name: str, commit: str) -> None:
         """Raises RemoteChanged if the tag exists on another commit."""

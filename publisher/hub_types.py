@@ -1,9 +1,17 @@
-"""What goes to the Hub and comes from it, as values."""
+"""What goes to the Hub and comes from it, as values; and where the Hub is. Needs no client."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+HUGGING_FACE = "https://huggingface.co"
+
+
+def default_endpoint() -> str:
+    """The hub that commands speak to: HF_ENDPOINT, else the real one."""
+    return (os.environ.get("HF_ENDPOINT") or HUGGING_FACE).rstrip("/")
 
 
 @dataclass(frozen=True)

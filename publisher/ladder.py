@@ -44,9 +44,11 @@ class LadderBook:
             self._set(id, waiting=waiting)
 
     def done(self, receipt: Receipt) -> None:
+        """A repo holds what its receipt says; an error of an earlier push is forgotten."""
         self._set(receipt.id, commit=receipt.commit, tag=receipt.tag, weights_hash=receipt.weights_hash, error=None)
 
     def failed(self, id: str, error: str) -> None:
+        """Why a repo is not at the new state, as one line; what it held before stays on record."""
         self._set(id, error=error)
 
     def close(self, collections: Iterable[str], errors: dict[str, str]) -> None:

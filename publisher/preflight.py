@@ -37,19 +37,13 @@ class Need:
     sent: int
 
 
-def may_push(hub: Hub) -> Account:
-    """Raises AuthError for no token, an unknown one, or one that can only read."""
-    hub.require_online("push")
-    return hub.require_write("push")
-
-
 def check(project: Project, hub: Hub, plans: Sequence[PushPlan]) -> tuple[list[PushPlan], dict[str, PublishError]]:
     """The plans, with what was found in their `told`; and what stands against them, by id.
 
     Writes down weights found on the hub that no push from here left there (out/history), and nothing else. Raises
     AuthError where the token itself is the fault, HubUnavailable.
     """
-    account = may_push(hub)
+    account = hub.require_write("push")
     told: dict[str, list[str]] = {p.id: [] for p in plans}
     errors: dict[str, PublishError] = {}
     for plan in plans:
@@ -72,7 +66,7 @@ def before_building(project: Project, hub: Hub, ids: Sequence[str], private: boo
 
     private, staged: of repos that have to be created. Raises what stands against it, every refusal on its line.
     """
-    account = may_push(hub)
+    account = hub.require_write("push")
     errors: dict[str, PublishError] = {}
     needs: dict[str, list[Need]] = {}
     rungs = survey(project, lambda: hub, cards=False, ids=ids, read=False).rungs

@@ -80,6 +80,7 @@ def expected(project: Project, manifest: Manifest) -> dict[str, bytes]:
 
 
 def frozen_name(id: str) -> str:
+    """Path in the repo of the allocation that a variant made by size was built with."""
     return f"{FOLDER}/variants.allocations/{id}.yaml"
 
 

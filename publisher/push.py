@@ -68,13 +68,11 @@ def execute(hub: Hub, project: Project, plan: PushPlan, progress: Progress | Non
     again with a fresh plan goes on where it stopped.
     """
     tell = progress or (lambda what, done, total: None)
-    hub.require_online("push")
-    hub.require_token("push")
+    hub.require_write("push")
     if plan.breaks:
         raise GateRefused(plan.breaks)
     if plan.refusal:
         raise RemoteChanged("\n".join([plan.refusal, *(f.diff for f in plan.foreign if f.diff)]))
-    hub.require_write("push")
     if plan.signature is not None:
         write_signature(project.store.variant(plan.id), plan.signature)
     if plan.notes is not None:

@@ -23,7 +23,7 @@ from .gate import gate
 from .hub import Hub, RemoteFile
 from .hub_collections import Item
 from .ladder import LadderBook
-from .preflight import before_building, check, may_push, together
+from .preflight import before_building, check, together
 from .protocol import kld_ceiling
 from .prune import delete_weights
 from .push import PushPlan, execute, plan_push
@@ -82,7 +82,7 @@ def prepare(project: Project, ids: Sequence[str], hub: Hub, choices: Choices = C
     The base's weights are not downloaded for this: where they are not here, its commit stands for them.
     """
     choices.check()
-    may_push(hub)
+    hub.require_write("push")
     refusals = [r for found in refused(project, ids, hub).values() for r in found]
     if refusals:
         raise GateRefused("\n  ".join(["not ready to leave:", *refusals]) if len(refusals) > 1 else refusals[0])

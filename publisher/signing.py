@@ -106,6 +106,7 @@ def _signer(material: Any) -> str:
 
 
 def is_ignored(path: str, ignored: frozenset[str] | Sequence[str] = IGNORED) -> bool:
+    """Whether a path is one of these, or lies in a folder that is one. Default: what no signature of ours covers."""
     return any(path == name or path.startswith(f"{name}/") for name in ignored)
 
 

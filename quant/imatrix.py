@@ -12,7 +12,6 @@ the mean over the experts of its matrix, weighted by their tokens; `Imatrix.coun
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from inference.errors import InputError
 from inference.families import family_of, names_of
 
 from .gguf_file import read_gguf
-from .statistics import Statistics
+from .statistics import Statistics, sha256_file
 from .tables import Entry
 
 # Tokens counted for one matrix. Published files stay below 1e8; float32 counts lose single tokens past 1.7e7.
@@ -94,7 +93,7 @@ def read_imatrix(path: Path, config: dict[str, Any]) -> Imatrix:
     if not importance:
         raise InputError(f"{path.name}: none of its {len(stems)} matrices belongs to this model, e.g. {stems[0]}")
     missing = _missing(path, family.IMATRIX_NAMES, family.LAYERS, shapes, importance)
-    return Imatrix(importance, counts, _sha256(path), datasets, chunks, chunk_size, missing)
+    return Imatrix(importance, counts, sha256_file(path), datasets, chunks, chunk_size, missing)
 
 
 def _origin(path: Path, fields: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None, int | None]:
@@ -257,8 +256,3 @@ def _missing(
             )
         missing += lacking
     return tuple(sorted(missing))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

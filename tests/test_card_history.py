@@ -16,8 +16,9 @@ from huggingface_hub import HfApi
 
 from inference.errors import InputError
 from publisher.card import check_card, gather, render
-from publisher.card_history import RELEASES, Changelog, changelog, endpoint, record, releases
+from publisher.card_history import RELEASES, Changelog, changelog, record, releases
 from publisher.card_links import link_faults
+from publisher.hub_types import default_endpoint
 from publisher.localhub import LocalHub
 from publisher.schema import BuildRecord, History, Manifest, Receipt
 from publisher.store import read_model, write_model
@@ -196,7 +197,7 @@ def test_only_releases_to_this_hub_and_repo_count(root: Path, monkeypatch: pytes
     project, _ = made(root, 5, "2026-12-03")
     assert "Download again" not in card(project, root), "a rehearsal is not the past of the real repo"
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:7860/")
-    assert endpoint() == "http://127.0.0.1:7860"
+    assert default_endpoint() == "http://127.0.0.1:7860"
     assert "Download again" in card(project, root)
 
 

@@ -19,7 +19,6 @@ LIBRARIES = {
         "publisher/hub.py",
         "publisher/hub_client.py",
         "publisher/hub_errors.py",
-        "publisher/hub_pulls.py",
     ),
     "httpx2": (
         "publisher/hub_client.py",
@@ -51,7 +50,7 @@ LIBRARIES = {
     "lz4": ("publisher/localhub/xet_format.py",),
     "blake3": ("publisher/localhub/xet_format.py",),
     "markdown_it": ("publisher/localhub/pages_card.py", "publisher/card_links.py"),
-    "mdit_py_plugins": ("publisher/localhub/pages_card.py",),
+    "mdit_py_plugins": ("publisher/localhub/pages_card.py", "publisher/card_links.py"),
     "nh3": ("publisher/localhub/pages_card.py",),
     "markupsafe": ("publisher/localhub/pages.py",),
     "model_signing": ("publisher/signing.py",),

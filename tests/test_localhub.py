@@ -616,7 +616,6 @@ def test_telemetry_is_harmless(hub):
         "license: 4",
         "base_model: [1]",
         "base_model: a/b/c",
-        "language: no",
         "language: EN",
         "base_model_relation: cousin",
         "tags: {a: 1}",
@@ -632,6 +631,11 @@ def test_a_wrong_card_is_refused_with_a_reason(metadata):
     assert data == {}
     assert errors[0]
     assert "\n" not in errors[0]
+
+
+@pytest.mark.parametrize("metadata", ["language: no", "tags: [on, off]"])
+def test_metadata_is_read_as_yaml_1_2(metadata):
+    assert frontmatter.read(f"---\n{metadata}\n---\n")[1] == []
 
 
 def test_validate_yaml_passes_a_good_card_warns_about_none_and_refuses_a_wrong_one(hub):

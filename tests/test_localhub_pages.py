@@ -14,8 +14,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from publisher.card_links import read_links
 from publisher.localhub import LocalHub, pages
-from publisher.localhub.pages_card import MARKDOWN_BYTES, render, slug
+from publisher.localhub.pages_card import MARKDOWN_BYTES, render
 from publisher.localhub.pages_links import Links
 
 TOKEN, READ = "hf_write", "hf_read"
@@ -416,10 +417,10 @@ def test_a_card_too_long_to_render_is_not_rendered(hub):
         ("a_b  c", "a_b--c"),
     ],
 )
-def test_anchors_are_those_of_github(heading, anchor):
-    assert slug(heading.replace("`", "")) == anchor
-    ids = Seen(rendered(f"## {heading}\n\n## {heading}\n")).values("h2", "id")
-    assert ids == [anchor, f"{anchor}-1"]
+def test_anchors_are_those_of_github_here_and_for_the_gate(heading, anchor):
+    text = f"## {heading}\n\n## {heading}\n"
+    assert Seen(rendered(text)).values("h2", "id") == [anchor, f"{anchor}-1"]
+    assert read_links(text)[1] == {anchor, f"{anchor}-1"}
 
 
 def test_the_style_sheet_loads_nothing():

@@ -16,7 +16,7 @@ from publisher.card_metadata import LICENSES, metadata_faults, unlisted_license
 from publisher.gate import gate
 from publisher.hub import Hub
 from publisher.localhub import Fault, LocalHub
-from publisher.preflight import check, may_push, together
+from publisher.preflight import check, together
 from publisher.push import execute, plan_push
 from publisher.variants import Project, load_project
 
@@ -256,7 +256,7 @@ def test_a_token_of_the_environment_is_to_be_corrected_there(server, monkeypatch
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv(name, "hf_nobodyknows\n")
     with pytest.raises(AuthError, match=f"does not know this token .*; correct {name}, which is set in the env") as e:
-        may_push(connect(server, None))
+        connect(server, None).require_write("push")
     assert "hf_nobodyknows" not in str(e.value)
 
 
@@ -271,7 +271,7 @@ def test_without_a_token_nothing_is_asked(server, monkeypatch, tmp_path) -> None
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     with pytest.raises(AuthError, match="a token with write access: run `hf auth login`, or set HF_TOKEN"):
-        may_push(connect(server, None))
+        connect(server, None).require_write("push")
     assert not server.stats.requests
 
 

@@ -1,7 +1,8 @@
 """The YAML at the top of a README: read it, and say what the Hub would refuse.
 
 The Hub's own schema is not public; these are the checks its card documentation states and that a wrong card fails.
-Licence identifiers are not checked against the Hub's list.
+Licence identifiers are not checked against the Hub's list. The publisher's own check before a push (`card_metadata`) is
+another on purpose: see there.
 """
 
 from __future__ import annotations
@@ -32,6 +33,17 @@ RELATIONS = ("adapter", "merge", "quantized", "finetune")
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+class _Core(yaml.SafeLoader):
+    """YAML 1.2, as the Hub reads it: `no` is Norwegian, and booleans are `true` and `false` alone."""
+
+
+_Core.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:bool"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Core.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF"))
+
+
 def read(readme: str) -> tuple[dict[str, Any], list[str], list[str]]:
     """(metadata, errors, warnings) of a README. The metadata is plain JSON, empty if there are errors."""
     block = BLOCK.match(readme)
@@ -43,7 +55,7 @@ def read(readme: str) -> tuple[dict[str, Any], list[str], list[str]]:
         hostile = _hostile(block[1])
         if hostile:
             return {}, [hostile], []
-        data = _plain(yaml.safe_load(block[1]))
+        data = _plain(yaml.load(block[1], Loader=_Core))
     except (yaml.YAMLError, ValueError, RecursionError, *UNFIT) as e:
         problem = getattr(e, "problem", None) or "cannot be read"
         mark = getattr(e, "problem_mark", None)

@@ -96,16 +96,11 @@ def render(markdown: str, links: Links) -> Rendered:
 def _parser() -> MarkdownIt:
     md = MarkdownIt("commonmark", {"html": True})
     gfm_plugin(md)
-    anchors_plugin(md, max_level=6, slug_func=slug, permalink=True, permalinkSymbol="#", permalinkBefore=True)
+    anchors_plugin(md, max_level=6, permalink=True, permalinkSymbol="#", permalinkBefore=True)
     md.core.ruler.push("cell_align", _cell_align)
     # The page resolves addresses itself, and tells of those that it refuses.
     md.validateLink = lambda url: True
     return md
-
-
-def slug(heading: str) -> str:
-    """The anchor of a heading, as GitHub makes it."""
-    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 def _cell_align(state: StateCore) -> None:

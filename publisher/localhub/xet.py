@@ -43,6 +43,7 @@ NO_XET = "this hub runs without Xet (--no-xet): set HF_HUB_DISABLE_XET=1"
 
 
 def store_of(call: Call) -> XetStore:
+    """The store of what came by Xet. Raises HubError (404) on a hub that offers none."""
     if call.hub.xet is None:
         raise HubError(404, NO_XET)
     return call.hub.xet
