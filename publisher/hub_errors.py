@@ -49,6 +49,8 @@ CONFLICTS = 30  # answers "another conflicting operation is in progress" to a cr
 # What the client's own code raises for an answer without the fields that it expects, and ours for a bug: see `_is_bug`.
 AMBIGUOUS = (KeyError, TypeError, AttributeError, AssertionError)
 CLIENT_ERRORS = (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError, *AMBIGUOUS)
+# How hf_xet tells what a server answered: by text alone
+XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})[^)]*\), domain: (https?://[^\s/]+)")
 
 T = TypeVar("T")
 
@@ -174,7 +176,11 @@ class Calls:
                 return InputError(f"{doing}: not in the local cache, and the hub cannot be asked"), False
             if isinstance(e, HfHubHTTPError | httpx2.HTTPStatusError):
                 status = e.response.status_code
-                return self._by_status(e, e.response, doing), status in RETRYABLE
+                words = self.clean(str(getattr(e, "server_message", None) or ""))
+                if isinstance(e, GatedRepoError):
+                    step = "accept its terms on the hub with this token's account"
+                    return AuthError(f"{doing}: the repo is gated; {step}"), False
+                return self._by_status(status, words, e.response.url.host, doing), status in RETRYABLE
             if isinstance(e, httpx2.TransportError):
                 what = "does not answer" if isinstance(e, httpx2.TimeoutException) else "cannot be reached"
                 return HubUnavailable(f"{doing}: {self.endpoint} {what} ({type(e).__name__})"), True
@@ -184,18 +190,19 @@ class Calls:
             return CheckFailed(f"{doing}: {error.filename} is gone"), False
         if isinstance(error, AMBIGUOUS) or "JSON" in type(error).__name__:
             return self.none_of_a_hub(doing), True
+        found = XET_STATUS.search(str(error)) if isinstance(error, OSError | RuntimeError) else None
+        if found and int(found[1]) not in RETRYABLE:
+            words = "by Xet, which keeps the hub's words to itself"
+            return self._by_status(int(found[1]), words, urlsplit(found[2]).hostname, doing), False
         if isinstance(error, OSError | RuntimeError):  # Xet: text is all there is
             return HubUnavailable(f"{doing}: {self.clean(str(error)) or type(error).__name__}"), True
         return InputError(f"{doing}: {self.clean(str(error))}"), False
 
-    def _by_status(self, error: BaseException, answer: httpx2.Response, doing: str) -> PublishError:
-        status = answer.status_code
-        words = self.clean(str(getattr(error, "server_message", None) or ""))
+    def _by_status(self, status: int, words: str, host: str | None, doing: str) -> PublishError:
+        """words: the server's, if any; host: that answered."""
         said = f"{status}: {words}" if words else str(status)
-        if status not in RETRYABLE and answer.url.host != urlsplit(self.endpoint).hostname:
+        if status not in RETRYABLE and host != urlsplit(self.endpoint).hostname:
             return HubUnavailable(f"{doing}: the storage behind the hub refuses ({said}); run again")
-        if isinstance(error, GatedRepoError):
-            return AuthError(f"{doing}: the repo is gated; accept its terms on the hub with this token's account")
         if status == 401:
             if not self._token:
                 return AuthError(f"{doing}: not found, or private: set HF_TOKEN, or run `hf auth login`")

@@ -139,7 +139,9 @@ class PushPlan:
         """Why `push` would not carry it out, as one line; None if it would."""
         gone = next((f for f in (*self.add, *self.update) if f.key is None), None)
         if gone:
-            return f"{self.repo}: {gone.path} is pruned here, and not on the hub; run `publish build {self.id}`"
+            lost = next((f.what for f in self.foreign if f.deleted and f.path == gone.path), "")
+            where, then = (lost, ", then push with --overwrite") if lost else ("not on the hub", "")
+            return f"{self.repo}: {gone.path} is pruned here, and {where}; run `publish build {self.id}`{then}"
         if self.strays:
             return (
                 f"{self.repo}: {self.strays[0]} on the hub is no file of {self.id}, and loaders would read it; "

@@ -518,6 +518,37 @@ def test_an_upload_that_breaks_for_good_resumes_with_what_was_stored(server, pro
     assert len(commits(server)) == 2
 
 
+@pytest.mark.parametrize(
+    ("route", "status", "kind", "words"),
+    [
+        ("xet_token", 401, AuthError, "the hub does not know this token"),
+        ("xet_token", 402, AuthError, "storage or plan does not allow it"),
+        ("xet_token", 403, AuthError, "the token needs write access"),
+        ("xet_token", 413, AuthError, "storage or plan does not allow it"),
+        ("xet_shard", 403, HubUnavailable, "the storage behind the hub refuses (403"),
+        ("xet_shard", 413, HubUnavailable, "the storage behind the hub refuses (413"),
+    ],
+)
+def test_a_refusal_by_xet_is_the_same_as_without(route, status, kind, words, server, project, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
+    hub = connect(server)
+    plan = plan_push(hub, project, "Q4")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)  # a hub on loopback goes without
+    monkeypatch.setattr("publisher.push.INLINE_BYTES", 0)  # by path, as large files: bytes in memory go by LFS
+    server.faults.add(Fault(route, "status", status=status, times=99))
+    with pytest.raises(kind) as e:
+        execute(hub, project, plan)
+    assert words in str(e.value)
+    assert "\n" not in str(e.value)
+    assert WRITE not in str(e.value)
+    assert server.stats.requests[route] == (1 if kind is AuthError else 3)
+    assert len(commits(server)) == 1
+    server.faults.clear()
+    execute(hub, project, plan_push(hub, project, "Q4"))
+    assert len(commits(server)) == 2
+
+
 def test_a_second_pull_request_is_not_opened_after_a_failure(server, project):
     push(server, project)
     make_variant(project, seed=1)

@@ -119,6 +119,18 @@ def test_a_first_push_is_one_commit_with_all_files(server, project):
     assert hub.tags(REPO) == {"v1": receipt.commit}
 
 
+def test_odd_names_arrive_as_they_are(server, project):
+    names = ["images/a b.png", "images/é #1%20.png", "images/図.png"]
+    (project.store.variant("Q4") / "images").mkdir()
+    for i, name in enumerate(names):
+        (project.store.variant("Q4") / name).write_bytes(b"%d" % i)
+    receipt = push(server, project)
+    hub = connect(server)
+    assert {p for p in hub.tree(REPO, receipt.commit) if p.startswith("images/")} == set(names)
+    assert [hub.read_range(REPO, receipt.commit, name, 0, 9) for name in names] == [b"0", b"1", b"2"]
+    assert plan_push(hub, project, "Q4").up_to_date
+
+
 def test_a_second_push_commits_nothing_and_sends_no_weights(server, project):
     first = push(server, project)
     server.stats.reset()
@@ -305,6 +317,14 @@ def test_two_creators_of_a_repo_do_not_mix(server, project):
 
 def test_a_lost_answer_to_the_commit_is_success_and_one_commit(server, project):
     server.faults.add(Fault("commit", "lose_answer"))
+    receipt = push(server, project)
+    assert len(commits(server)) == 2
+    assert server.stats.requests["commit"] == 1
+    assert receipt.tag == "v1"
+
+
+def test_a_500_for_a_commit_that_landed_is_success_and_one_commit(server, project):
+    server.faults.add(Fault("commit", "late_status", status=500))
     receipt = push(server, project)
     assert len(commits(server)) == 2
     assert server.stats.requests["commit"] == 1
@@ -778,11 +798,15 @@ def test_a_base_is_downloaded_hashed_and_then_found_offline(base, monkeypatch):
         download_base(hub, REPO, commit)
 
 
-def test_half_a_snapshot_is_none(base):
+@pytest.mark.parametrize("dangling", [False, True])
+def test_half_a_snapshot_is_none(dangling, base):
     hub, commit, _ = base
     folder = download_base(hub, REPO, commit)
-    (folder / "model-00002-of-00002.safetensors").unlink()
+    link = folder / "model-00002-of-00002.safetensors"
+    (link.resolve() if dangling else link).unlink()
+    assert link.is_symlink() == dangling
     assert cached_snapshot(REPO, commit) is None
+    assert download_base(hub, REPO, commit) == cached_snapshot(REPO, commit)
 
 
 def test_a_damaged_download_is_found_and_does_not_stay(server, base):

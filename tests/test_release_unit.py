@@ -470,9 +470,10 @@ def test_pruned_weights_that_the_hub_lost_are_not_pushed_but_asked_for(server, p
     push(server, project, "Q4", prune=True)
     HfApi(server.url, WRITE).delete_file("model-00001-of-00002.safetensors", Q4)
     error = push(server, project, "Q4").failed["Q4"]
-    assert "model-00001-of-00002.safetensors is pruned here, and not on the hub; run `publish build Q4`" in str(error)
+    assert "model-00001-of-00002.safetensors is pruned here, and was deleted on the hub in commit " in str(error)
+    assert "; run `publish build Q4`, then push with --overwrite" in str(error)
     make_variant(project, "Q4")
-    done = push(server, project, "Q4")
+    done = push(server, project, "Q4", overwrite=True)
     assert not done.failed
     assert done.receipts[0].pruned_at is None
 

@@ -5,6 +5,7 @@ A fault names a route (see `app.ROUTES`), which request of that route it hits, a
     lose_answer  the request is carried out in full, then the connection is dropped without a byte of answer
     status       the body is read, nothing is done, `status` is answered (`retry_after`: that header, in seconds;
                  `retry_date`: the same as a date so many seconds from now; `text`: an HTML page with it, not JSON)
+    late_status  the request is carried out in full, then `status` is answered as if it had failed
     delay        `seconds` pass first, then all is well
     trickle      the answer comes byte by byte, one every `seconds`
     redirect     nothing is done; the client is sent to the same path on the blob store's origin
@@ -26,7 +27,18 @@ from email.utils import formatdate
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-KINDS = ("lose_answer", "status", "delay", "trickle", "redirect", "cut", "corrupt", "stale_head", "old_head")
+KINDS = (
+    "lose_answer",
+    "status",
+    "late_status",
+    "delay",
+    "trickle",
+    "redirect",
+    "cut",
+    "corrupt",
+    "stale_head",
+    "old_head",
+)
 ONLY = {"stale_head": "commit", "old_head": "repo_info"}  # kinds that one route knows
 
 
@@ -153,6 +165,9 @@ async def suffer(fault: Fault, app: ASGIApp, scope: Scope, receive: Receive, sen
     elif fault.kind == "lose_answer":
         await app(scope, receive, _swallow)
         await _hang_up(scope, receive)
+    elif fault.kind == "late_status":
+        await app(scope, receive, _swallow)
+        await _refusal(fault)(scope, receive, send)
     elif fault.kind == "cut":
         await _cut(fault.after_bytes, app, scope, receive, send)
     elif fault.kind == "corrupt":
