@@ -153,6 +153,11 @@ class Variant:
         return "/" in self.repo
 
     @property
+    def url(self) -> str | None:
+        """Where a card links it to; None while it has no owner, or is not built."""
+        return f"{HUGGING_FACE}/{self.repo}" if self.owned and self.contents else None
+
+    @property
     def name(self) -> str:
         return self.repo.rpartition("/")[2]
 

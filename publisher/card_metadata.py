@@ -70,6 +70,7 @@ class Metadata:
 
 
 def read_metadata(text: str) -> Metadata:
+    """Of a whole card. Within bounds, and without raising: what is wrong stands in `fault`."""
     found = HEADER.match(text)
     if not found:
         return Metadata({}, {}, "line 1: no front matter between --- lines")

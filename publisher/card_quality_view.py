@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 from . import card_format as fmt
 from .card_figure import Figure, Kind, Point
 from .card_quality import Entry, Standings
-from .hub_types import HUGGING_FACE
 from .schema import Device, Divergence, Quality
 from .sizes import CONTEXT, MEMORY_SHARE
 
 if TYPE_CHECKING:
-    from .card_facts import Facts, Variant
+    from .card_facts import Facts
 
 MEMORIES = (8, 16, 24, 32, 48, 64)  # GB, of Macs
 CONTROL = "BF16 against BF16 computed another way"
@@ -99,12 +98,11 @@ def quality_view(facts: Facts, id: str) -> QualityView | None:
     chat_text = next((d for e in s.measured if (d := e.corpus("chat"))), None)
     greedy = next((q.greedy for q in results if q.greedy), None)
     days = sorted({fmt.pretty_date(q.measured_at) for q in results})
-    names = {v.id: v for v in facts.variants}
     floor = s.floor("text")
     workspace, measured = _workspace(facts)
     own = s.entry(id).corpus("text")
     return QualityView(
-        rows=tuple(_rows(s, names, id, facts)),
+        rows=tuple(_rows(s, id, facts)),
         chat=chat_text is not None,
         greedy=greedy is not None,
         text=text,
@@ -151,14 +149,14 @@ def quality_name(r: QualityRow) -> str:
     return f"{bold}{name}{bold}{' <sup>†</sup>' if r.dominated else ''}"
 
 
-def _rows(s: Standings, names: dict[str, Variant], id: str, facts: Facts) -> Iterable[QualityRow]:
+def _rows(s: Standings, id: str, facts: Facts) -> Iterable[QualityRow]:
     for e in s.entries:
-        v = None if e.foreign else names[e.name]
+        v = None if e.foreign else facts.variant(e.name)
         text, chat = e.corpus("text"), e.corpus("chat")
         greedy = e.quality.greedy if e.quality else None
         yield QualityRow(
             name=e.name,
-            url=f"{HUGGING_FACE}/{v.repo}" if v and v.owned and v.contents else None,
+            url=v.url if v else None,
             current=e.name == id,
             foreign=e.foreign,
             dominated=not e.foreign and s.dominator(e.name) is not None,
@@ -261,8 +259,7 @@ def _choices(facts: Facts, id: str, workspace: int | None) -> Iterable[Choice]:
             continue
         v = facts.variant(best.name)
         assert best.kld
-        url = f"{HUGGING_FACE}/{v.repo}" if v.owned else None
-        yield Choice(text, best.name, url, best.name == id, fmt.size(needs[best.name]), fmt.small(best.kld.value))
+        yield Choice(text, best.name, v.url, best.name == id, fmt.size(needs[best.name]), fmt.small(best.kld.value))
 
 
 # ---------------------------------------------------------------------------------------------- figure

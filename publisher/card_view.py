@@ -287,7 +287,7 @@ def _ladder_row(
     return LadderRow(
         current=x.id == current.id,
         name=x.repo,
-        url=f"{HUGGING_FACE}/{x.repo}" if x.owned and c else None,
+        url=x.url,
         gguf=x.gguf or "no namesake",
         size=fmt.size(c.size) if c else x.missing,
         bpw=fmt.bpw(c.text_bpw) if c else x.missing,

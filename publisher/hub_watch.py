@@ -49,6 +49,7 @@ class Budget:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
+        """Seconds. Raises HubUnavailable where none are."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise HubUnavailable(f"{self._what} gave no whole answer within {self._seconds:.0f} s; run again later")

@@ -467,6 +467,7 @@ def _reasons(
 
 
 def same(local: LocalFile, remote: RemoteFile) -> bool:
+    """Whether both have the same bytes, by sha256, or by git's hash of a file outside of LFS, which is read for it."""
     if local.size != remote.size:
         return False
     if remote.sha256 is not None:

@@ -162,6 +162,7 @@ def make_signature(project: Project, id: str, files: Mapping[str, str]) -> bytes
 
 
 def write_signature(folder: Path, data: bytes) -> None:
+    """Put a signature that `make_signature` made into the folder of its variant."""
     write_bytes(folder / SIGNATURE, data)
 
 
@@ -363,6 +364,7 @@ def _line(error: Exception) -> str:
 
 
 def installed() -> bool:
+    """Whether the extra `signing` is here."""
     try:
         import model_signing  # noqa: F401
     except ImportError:

@@ -139,6 +139,7 @@ def digest(value: Any) -> str:
 
 
 def sha256_file(path: Path) -> str:
+    """In hex. Raises OSError."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -171,14 +172,17 @@ def discard_leftovers(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_model(path: Path, model: BaseModel) -> None:
+    """As `write_bytes`, in the form of `model_text`."""
     write_text(path, model_text(model))
 
 
 def model_text(model: BaseModel) -> str:
+    """JSON with sorted keys: equal models give equal bytes."""
     return json.dumps(model.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
