@@ -10,6 +10,7 @@ Work: WORK units a card, which has at most OUTPUT bytes; a template TEMPLATE_BYT
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -160,7 +161,7 @@ def _readable(obj: Any, name: str) -> bool:
     if isinstance(obj, File):
         return name in type(obj).model_fields
     if _ours(obj):
-        return name in {f.name for f in fields(obj)} or isinstance(getattr_static(type(obj), name, None), property)
+        return name in _fields(type(obj)) or isinstance(getattr_static(type(obj), name, None), property)
     if isinstance(obj, TemplateModule):
         return name in vars(obj)
     if isinstance(obj, Namespace):
@@ -168,3 +169,8 @@ def _readable(obj: Any, name: str) -> bool:
     if isinstance(obj, tuple) and name in getattr(obj, "_fields", ()):  # of groupby
         return True
     return any(isinstance(obj, kind) and name in names for kind, names in (*METHODS, *NAMES))
+
+
+@functools.cache
+def _fields(kind: type) -> frozenset[str]:
+    return frozenset(f.name for f in fields(kind))
