@@ -56,7 +56,7 @@ def listening() -> bool:
         return probe.connect_ex(("127.0.0.1", PORT)) == 0
 
 
-def run(shelf, command: list[str], timeout: float = 100) -> str:
+def run(shelf, command: list[str], timeout: float = 300) -> str:
     _, cwd, env = shelf
     done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
