@@ -195,7 +195,6 @@ def draw(figure: Figure, theme: Theme) -> bytes:
             columnspacing=1.4,
             bbox_to_anchor=(0.53, 0.005),
         )
-        canvas.draw()
         _labels(axes, canvas.get_renderer(), figure, theme)
         out = BytesIO()
         sheet.savefig(

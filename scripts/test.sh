@@ -7,5 +7,5 @@ set -eu
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 cd "$root"
 sh scripts/setup.sh test
-[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile
+[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 exec "${PUBLISH_VENV:-.venv}/bin/python" -m pytest "$@"

@@ -18,9 +18,12 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import pushes
 import pytest
 from click.testing import CliRunner
 from variant_folder import make_project, make_variant
+
+from publisher.localhub import LocalHub
 
 EXAMPLE = Path(__file__).parents[1] / "examples/tiny"
 # the example's protocols take a minute on a busy machine; what they do is the same with fewer tokens
@@ -30,6 +33,23 @@ smoke: {prompts: [The quick brown fox], max_tokens: 32, text_tokens: 64}
 """
 PUBLISH = "from publisher.cli import main; main()"
 NO_HUB = "http://127.0.0.1:9"  # the discard port: nothing answers there
+# The files that take longest, longest first, in two columns for two processes. They are handed out in this order, so that no
+# process ends with a long one while the other has nothing to do; only the left column begins with the ladder (`built`),
+# which all others would wait for.
+SLOW = [
+    "build", "solve",
+    "evaluate", "calibrate",
+    "cli", "faults",
+    "smoke", "crash",
+    "release_ladder", "card_snippets",
+    "rebuild", "card",
+    "sizes", "mlx_lm",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}.py": i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @dataclass(frozen=True)
@@ -80,7 +100,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, quick_yaml: str) -> Path:
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             write_ladder(folder, quick_yaml)
-            run_process("build", "--all", cwd=folder).ok()
+            run_process("build", "--all", cwd=folder, timeout=600).ok()  # 12 s of an idle core
             (folder / "done").touch()
     return folder
 
@@ -114,6 +134,14 @@ def write_ladder(folder: Path, text: str) -> Path:
     path = folder / "variants.yaml"
     path.write_text(text)
     return path
+
+
+def edit(ladder: Path, old: str, new: str) -> None:
+    """Replace what stands once in its variants.yaml."""
+    path = ladder / "variants.yaml"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
 
 
 def own_base(folder: Path) -> Path:
@@ -165,7 +193,7 @@ def run_process(*args: str, cwd: Path, env: dict[str, str] | None = None, stdin:
 @pytest.fixture
 def project(tmp_path):
     """A ladder with one variant, Q4, in a folder as a build leaves it, without building."""
-    project = make_project(tmp_path)
+    project = make_project(tmp_path / "project")
     make_variant(project)
     return project
 
@@ -173,3 +201,36 @@ def project(tmp_path):
 @pytest.fixture
 def folder(project):
     return project.store.variant("Q4")
+
+
+@pytest.fixture
+def own_home(tmp_path, monkeypatch):
+    """The client's cache and token of this process are the test's own."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+@contextlib.contextmanager
+def sound_hub(folder: Path, accounts: dict[str, str]) -> Iterator[LocalHub]:
+    """The built-in hub. It must not crash, nor may a token go to another host."""
+    with LocalHub(folder, accounts) as hub:
+        yield hub
+        assert hub.stats.crashes == 0
+        assert hub.stats.leaks == 0
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A hub for `project`, with the accounts of `pushes`."""
+    with sound_hub(tmp_path / "hub", pushes.TOKENS) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub for `ladder`."""
+    with sound_hub(tmp_path / "hub", pushes.DEMO) as hub:
+        yield hub

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import engine_checkpoints
 import pytest
-from conftest import EXAMPLE, PUBLISH, environment, own_base, write_ladder
+from conftest import EXAMPLE, PUBLISH, edit, environment, own_base, write_ladder
 
 from inference.errors import ResourceError
 from publisher.variants import load_project
@@ -23,13 +23,6 @@ from publisher.variants import load_project
 IDS = ["Q2_K_XL", "Q3_K_XL", "Q4_K_XL", "Q5_K_XL", "Q6_K_XL", "Q8_K_XL"]
 CURRENT = {id: {} for id in IDS}  # as `stale` gives it
 Q4 = "  Q4_K_XL: {bits: 4}"
-
-
-def edit(ladder: Path, old: str, new: str) -> None:
-    path = ladder / "variants.yaml"
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, str]]:

@@ -7,10 +7,9 @@ import os
 import platform
 import re
 import shutil
-from pathlib import Path
 
 import pytest
-from conftest import EXAMPLE, environment, write_ladder
+from conftest import EXAMPLE, edit, environment, sound_hub, write_ladder
 from huggingface_hub import HfApi
 
 from inference import errors
@@ -27,22 +26,13 @@ BASE = "acme/Qwen3.5-tiny"
 
 @pytest.fixture
 def hub(tmp_path):
-    with LocalHub(tmp_path / "hub", {WRITE: "write:demo,acme", READ: "read:demo"}) as hub:
+    with sound_hub(tmp_path / "hub", {WRITE: "write:demo,acme", READ: "read:demo"}) as hub:
         yield hub
-        assert hub.stats.crashes == 0
-        assert hub.stats.leaks == 0
 
 
 @pytest.fixture
 def online(hub):
     return {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE}
-
-
-def edit(ladder: Path, old: str, new: str) -> None:
-    path = ladder / "variants.yaml"
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
 
 
 def commits(hub: LocalHub, id: str) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Ran
+from conftest import Ran, run_here
 from variant_folder import DEVICE, LADDER, SHA, make_project, make_variant
 
 from inference.backend import mx
@@ -30,14 +31,34 @@ PLAIN = SMALL.replace("chat: few.json, ", "")
 CONVERSATIONS = 4  # of the package's, so that a run takes seconds
 
 
-@pytest.fixture
-def small(ladder: Path) -> Path:
-    """The built ladder with an evaluation of a few windows."""
+def write_small(built: Path, folder: Path) -> Path:
+    """Three variants of the built ladder, with an evaluation of a few windows."""
+    shutil.copytree(built, folder, symlinks=True)
     chat = json.loads(files("publisher").joinpath("data/evaluation_chat.json").read_text(encoding="utf-8"))
-    (ladder / "few.json").write_text(json.dumps(chat[:CONVERSATIONS]))
-    with open(ladder / "variants.yaml", "a") as f:
-        f.write(SMALL)
-    return ladder
+    (folder / "few.json").write_text(json.dumps(chat[:CONVERSATIONS]))
+    path = folder / "variants.yaml"
+    rows = [line for line in path.read_text().splitlines(True) if not re.match(r"  Q[356]_K_XL:", line)]
+    path.write_text("".join(rows) + SMALL)
+    return folder
+
+
+@pytest.fixture
+def small(built: Path, tmp_path: Path) -> Path:
+    """Nothing of it measured yet."""
+    return write_small(built, tmp_path / "ladder")
+
+
+@pytest.fixture(scope="module")
+def first(built: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+    """The same after Q2_K_XL and Q8_K_XL were measured, and what the command said. Not to be changed."""
+    folder = write_small(built, tmp_path_factory.mktemp("measured") / "ladder")
+    return folder, run_here("eval", "Q2_K_XL", "--compare", "Q2_K_XL", "Q8_K_XL", "--json", cwd=folder).ok()
+
+
+@pytest.fixture
+def measured(first: tuple[Path, Ran], tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return shutil.copytree(first[0], tmp_path / "ladder", symlinks=True)
 
 
 def weights_hash(ladder: Path, id: str) -> str:
@@ -53,11 +74,13 @@ def status(publish, ladder: Path, id: str) -> list[str]:
     return rows[0]["quality"]
 
 
-def test_two_variants_are_measured_kept_and_compared(small, publish):
+def test_what_was_not_measured_says_so(small, publish):
     assert status(publish, small, "Q2_K_XL") == ["not measured"]
     assert "quality: not measured" in publish("status", "Q2_K_XL", cwd=small).ok().out
-    ran = publish("eval", "Q2_K_XL", "--compare", "Q2_K_XL", "Q8_K_XL", "--json", cwd=small).ok()
-    found = json.loads(ran.out)
+
+
+def test_two_variants_are_measured_and_compared(first):
+    found = json.loads(first[1].out)
     q2, q8 = (found["variants"][id] for id in ("Q2_K_XL", "Q8_K_XL"))
     assert [d["corpus"] for d in q2["corpora"]] == ["text", "chat"]
     text = q2["corpora"][0]
@@ -79,20 +102,21 @@ def test_two_variants_are_measured_kept_and_compared(small, publish):
     assert pair["difference"]["value"] == pytest.approx(
         text["kld"]["value"] - q8["corpora"][0]["kld"]["value"], rel=1e-4
     )
-    assert status(publish, small, "Q2_K_XL") == []
 
-    before = {p: p.stat().st_mtime_ns for p in (small / "build").rglob("*") if p.is_file() and p.name != ".lock"}
-    again = publish("eval", "Q2_K_XL", "Q8_K_XL", cwd=small).ok()
+
+def test_what_was_measured_is_kept_and_not_measured_again(measured, publish):
+    assert status(publish, measured, "Q2_K_XL") == []
+    before = {p: p.stat().st_mtime_ns for p in (measured / "build").rglob("*") if p.is_file() and p.name != ".lock"}
+    again = publish("eval", "Q2_K_XL", "Q8_K_XL", cwd=measured).ok()
     assert "nothing to measure" in again.err
     assert "BF16, computed another way" in again.out
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_a_killed_run_goes_on_with_what_is_missing_and_the_teacher_is_reused(small, publish, monkeypatch):
-    publish("eval", "Q2_K_XL", "Q8_K_XL", "-q", cwd=small).ok()
-    kept = quality_path(small, "Q2_K_XL").stat().st_mtime_ns
-    first = json.loads(quality_path(small, "Q8_K_XL").read_text())
-    quality_path(small, "Q8_K_XL").unlink()
+def test_a_killed_run_goes_on_with_what_is_missing_and_the_teacher_is_reused(measured, publish, monkeypatch):
+    kept = quality_path(measured, "Q2_K_XL").stat().st_mtime_ns
+    first = json.loads(quality_path(measured, "Q8_K_XL").read_text())
+    quality_path(measured, "Q8_K_XL").unlink()
     folders = []
     real = evaluate_teacher.final_states
 
@@ -102,27 +126,26 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_the_teacher_is_reused(sma
 
     monkeypatch.setattr(evaluate_teacher, "final_states", counted)
     monkeypatch.setattr("publisher.evaluate.final_states", counted)
-    publish("eval", "Q2_K_XL", "Q8_K_XL", "-q", cwd=small).ok()
+    publish("eval", "Q2_K_XL", "Q8_K_XL", "-q", cwd=measured).ok()
     assert set(folders) == {"Q8_K_XL"}  # the base does not run again
-    assert quality_path(small, "Q2_K_XL").stat().st_mtime_ns == kept
-    second = json.loads(quality_path(small, "Q8_K_XL").read_text())
+    assert quality_path(measured, "Q2_K_XL").stat().st_mtime_ns == kept
+    second = json.loads(quality_path(measured, "Q8_K_XL").read_text())
     for volatile in ("measured_at", "wall_s"):
         first.pop(volatile)
         second.pop(volatile)
     assert first == second
 
 
-def test_what_is_asked_of_the_measurement_makes_it_stale(small, publish):
-    publish("eval", "Q8_K_XL", "-q", cwd=small).ok()
-    path = small / "variants.yaml"
+def test_what_is_asked_of_the_measurement_makes_it_stale(measured, publish):
+    path = measured / "variants.yaml"
     path.write_text(path.read_text().replace("windows: 3", "windows: 2"))
-    assert status(publish, small, "Q8_K_XL") == ["evaluation: texts, windows or prompts changed"]
-    (small / "own.txt").write_text("A wholly different text to calibrate with. " * 400)
+    assert status(publish, measured, "Q8_K_XL") == ["evaluation: texts, windows or prompts changed"]
+    (measured / "own.txt").write_text("A wholly different text to calibrate with. " * 400)
     path.write_text(path.read_text() + "calibration: {text: ./own.txt}\n")
-    assert "calibration text: changed" in status(publish, small, "Q8_K_XL")
-    publish("eval", "Q8_K_XL", "-q", cwd=small).ok()
-    assert status(publish, small, "Q8_K_XL") == []
-    assert json.loads(quality_path(small, "Q8_K_XL").read_text())["corpora"][0]["windows"] == 2
+    assert "calibration text: changed" in status(publish, measured, "Q8_K_XL")
+    publish("eval", "Q8_K_XL", "-q", cwd=measured).ok()
+    assert status(publish, measured, "Q8_K_XL") == []
+    assert json.loads(quality_path(measured, "Q8_K_XL").read_text())["corpora"][0]["windows"] == 2
 
 
 def test_a_text_that_the_weights_may_have_been_fitted_to_is_refused(small, publish):
@@ -179,8 +202,7 @@ def test_without_a_chat_template_the_text_alone_is_measured(tmp_path, quick_yaml
 
 def test_foreign_baselines_are_measured_and_their_weights_are_not_kept(small, publish):
     path = small / "variants.yaml"
-    text = path.read_text().replace(SMALL, "")
-    path.write_text(text.split("variants:")[0] + PLAIN + "variants:\n  Q4_K_XL: {bits: 4}\n")
+    path.write_text(path.read_text().split("variants:")[0] + SMALL + "variants:\n  Q4_K_XL: {bits: 4}\n")
     ran = publish("eval", "Q4_K_XL", "--baselines", "--json", cwd=small).ok()
     found = json.loads(ran.out)["baselines"]
     assert [b["name"] for b in found] == ["mlx-lm uniform 4-bit", "mlx-lm uniform 8-bit", "unsloth 4 as published"]
@@ -303,9 +325,8 @@ def test_a_ceiling_of_other_bits_does_not_count(tmp_path):
     assert gate(project, "Q4") == []
 
 
-def test_a_stale_quality_is_refused_where_a_ceiling_is_set(small, publish):
-    publish("eval", "Q8_K_XL", "-q", cwd=small).ok()
-    path = small / "variants.yaml"
+def test_a_stale_quality_is_refused_where_a_ceiling_is_set(measured):
+    path = measured / "variants.yaml"
     path.write_text(path.read_text().replace("Q8_K_XL: {bits: 8,", "Q8_K_XL: {bits: 8, kld_ceiling: 0.1,"))
     project = load_project(path)
     assert gate(project, "Q8_K_XL") == []

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from huggingface_hub import constants
-from test_push import READ, REPO, TOKENS, WRITE, api, commits, connect, edit_card, pulls, push, somebody_commits
-from variant_folder import make_project, make_variant
+from pushes import READ, REPO, TOKENS, WRITE, api, commits, connect, edit_card, pulls, push, somebody_commits
+from variant_folder import make_variant
 
 from inference.errors import (
     AuthError,
@@ -38,14 +37,8 @@ from publisher.hub_watch import Limits
 from publisher.localhub import Fault, LocalHub
 from publisher.push import execute, plan_push
 
+pytestmark = pytest.mark.usefixtures("own_home")
 QUICK = Limits(connect_s=1, answer_s=0.5, window_s=0.4, rate=10_000)
-
-
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -62,21 +55,6 @@ class Clock:
 
     def __getattr__(self, name: str) -> object:
         return getattr(time, name)
-
-
-@pytest.fixture
-def server(tmp_path):
-    with LocalHub(tmp_path / "hub", TOKENS) as server:
-        yield server
-        assert server.stats.crashes == 0
-        assert server.stats.leaks == 0
-
-
-@pytest.fixture
-def project(tmp_path):
-    project = make_project(tmp_path / "project")
-    make_variant(project)
-    return project
 
 
 @pytest.fixture

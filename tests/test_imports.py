@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 import tomllib
 from pathlib import Path
@@ -84,7 +85,8 @@ LIGHT = {
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
 
-def imports(path: Path, top_level: bool = False) -> set[str]:
+@functools.cache
+def imports(path: Path, top_level: bool = False) -> frozenset[str]:
     """Absolute names of the modules that a file imports, TYPE_CHECKING blocks aside."""
     package = path.relative_to(ROOT).parts[:-1]
     found: set[str] = set()
@@ -104,7 +106,7 @@ def imports(path: Path, top_level: bool = False) -> set[str]:
             visit(child)
 
     visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+    return frozenset(found)
 
 
 def name(path: Path) -> str:

@@ -9,6 +9,7 @@ import shutil
 import socket
 
 import yaml
+from conftest import edit
 from test_sizes import LADDER as SIZES
 from test_sizes import build as build_sized
 from test_sizes import write as write_sized
@@ -22,13 +23,6 @@ from publisher.variants import load_project
 
 ID = "Q2_K_XL"
 FILES = {"variants.yaml", "lock.json", "results/build.json", "results/smoke.json", "results/bench.json"}
-
-
-def edit(folder, old, new):
-    path = folder / "variants.yaml"
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
 
 
 def files(folder):

@@ -15,8 +15,23 @@ from unittest.mock import Mock
 
 import httpx2
 import pytest
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from variant_folder import CARD, MODULES, make_project, make_variant, quantization, tensors
+from huggingface_hub import CommitOperationAdd, constants
+from pushes import (
+    READ,
+    REPO,
+    STRANGER,
+    TOKENS,
+    UNKNOWN,
+    WRITE,
+    api,
+    commits,
+    connect,
+    edit_card,
+    pulls,
+    push,
+    somebody_commits,
+)
+from variant_folder import CARD, MODULES, make_variant, quantization, tensors
 
 from inference.checkpoint import read_checkpoint
 from inference.errors import (
@@ -38,63 +53,12 @@ from publisher.schema import Receipt
 from publisher.show import push_text
 from publisher.store import read_model
 
-WRITE, READ, STRANGER, UNKNOWN = "hf_writeTOKENwrite", "hf_readTOKENread", "hf_strangerTOKEN", "hf_unknownTOKEN"
-TOKENS = {WRITE: "write:alice,acme", READ: "read:alice,acme", STRANGER: "write:bob"}
-REPO = "acme/Tiny-1B-UD-Q4-mlx"
+pytestmark = pytest.mark.usefixtures("own_home")
 INDEX = "model.safetensors.index.json"
 FILES = {
     ".gitattributes", "LICENSE", "README.md", "config.json", "manifest.json", "model-00001-of-00002.safetensors",
     "model-00002-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-
-
-@pytest.fixture
-def server(tmp_path):
-    with LocalHub(tmp_path / "hub", TOKENS) as server:
-        yield server
-        assert server.stats.crashes == 0
-        assert server.stats.leaks == 0
-
-
-@pytest.fixture
-def project(tmp_path):
-    project = make_project(tmp_path / "project")
-    make_variant(project)
-    return project
-
-
-def connect(server, token=WRITE, **options):
-    return Hub(server.url, token, **{"patience_s": 5, "pause_s": 0.01, **options})
-
-
-def api(server, token=WRITE):
-    return HfApi(endpoint=server.url, token=token)
-
-
-def push(server, project, id="Q4", token=WRITE, progress=None, **options):
-    hub = connect(server, token)
-    return execute(hub, project, plan_push(hub, project, id, **options), progress)
-
-
-def commits(server, revision="main"):
-    return [c.title for c in api(server).list_repo_commits(REPO, revision=revision)]
-
-
-def somebody_commits(server, path, content, revision="main"):
-    operation = CommitOperationAdd(path, content) if content is not None else CommitOperationDelete(path)
-    return api(server).create_commit(REPO, [operation], commit_message=f"by hand: {path}", revision=revision).oid
-
-
-def edit_card(project, text="\nA better sentence.\n", id="Q4"):
-    with open(project.store.variant(id) / "README.md", "a") as f:
-        f.write(text)
 
 
 # -- what a push does -----------------------------------------------------------------------------------------
@@ -518,10 +482,6 @@ def test_more_than_256_files_are_one_commit(server, project):
 
 
 # -- pull requests --------------------------------------------------------------------------------------------
-
-
-def pulls(server):
-    return [d.num for d in api(server).get_repo_discussions(REPO) if d.is_pull_request]
 
 
 def test_a_pull_request_is_opened_once_and_resumed(server, project):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import edit
 from huggingface_hub import HfApi
+from pushes import WRITE
 
-from publisher.localhub import LocalHub
-
-WRITE = "hf_releaseWRITEtoken"
 ID = "Q2_K_XL"
 REPO = f"demo/Qwen3.5-tiny-UD-{ID}-mlx"
 NOTE = "note: smallest"
@@ -17,23 +16,9 @@ PLAN = f"{ID}: add: LICENSE, README.md, chat_template.jinja, config.json"
 
 
 @pytest.fixture
-def hub(tmp_path):
-    with LocalHub(tmp_path / "hub", {WRITE: "write:demo"}) as hub:
-        yield hub
-        assert hub.stats.crashes == 0
-
-
-@pytest.fixture
 def push(ladder, publish, hub):
     env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE}
     return lambda *args, stdin="": publish("push", *args, cwd=ladder, env=env, stdin=stdin)
-
-
-def edit(ladder, old, new):
-    path = ladder / "variants.yaml"
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
 
 
 def somebody_commits(hub, path, content):

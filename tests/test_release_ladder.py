@@ -6,13 +6,14 @@ import json
 import threading
 
 import pytest
+from conftest import edit
 from huggingface_hub import HfApi
+from pushes import STRANGER, WRITE
 
 from publisher.ahead import Ahead
 from publisher.hub import Hub
-from publisher.localhub import Fault, LocalHub
+from publisher.localhub import Fault
 
-WRITE, STRANGER = "hf_ladderWRITEtoken", "hf_ladderSTRANGERtoken"
 REPOS = "demo/Qwen3.5-tiny-UD-{}-mlx"
 ID = "Q2_K_XL"
 PRUNED = (ID, "Q3_K_XL")
@@ -20,23 +21,9 @@ SOME = (*PRUNED, "Q8_K_XL")
 
 
 @pytest.fixture
-def hub(tmp_path):
-    with LocalHub(tmp_path / "hub", {WRITE: "write:demo", STRANGER: "write:bob"}) as hub:
-        yield hub
-        assert hub.stats.crashes == 0
-
-
-@pytest.fixture
 def run(ladder, publish, hub):
     env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE}
     return lambda *args: publish(*args, cwd=ladder, env=env)
-
-
-def edit(ladder, old, new):
-    path = ladder / "variants.yaml"
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
 
 
 def ids(ladder):

@@ -7,12 +7,13 @@ from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import HfApi, constants
+from pushes import STRANGER, WRITE
 from variant_folder import make_project, make_variant
 
 from inference.errors import AuthError, CheckFailed, InputError, RemoteChanged
 from publisher import release as release_module
 from publisher.hub import Hub
-from publisher.localhub import Fault, LocalHub
+from publisher.localhub import Fault
 from publisher.preflight import check
 from publisher.prune import pruned
 from publisher.push import plan_push, verify_remote
@@ -22,29 +23,12 @@ from publisher.schema import LadderReceipt, Manifest, Receipt
 from publisher.store import read_model
 from publisher.verify import verify_folder
 
-WRITE, STRANGER = "hf_unitWRITEtoken", "hf_unitSTRANGERtoken"
+pytestmark = pytest.mark.usefixtures("own_home")
 Q4, Q8 = "acme/Tiny-1B-UD-Q4-mlx", "acme/Tiny-1B-UD-Q8-mlx"
 
 
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-
-
 @pytest.fixture
-def server(tmp_path):
-    with LocalHub(tmp_path / "hub", {WRITE: "write:alice,acme", STRANGER: "write:bob"}) as server:
-        yield server
-        assert server.stats.crashes == 0
-        assert server.stats.leaks == 0
-
-
-@pytest.fixture
-def project(tmp_path):
-    project = make_project(tmp_path / "project")
-    make_variant(project, "Q4")
+def project(project):
     make_variant(project, "Q8", seed=8)
     return project
 

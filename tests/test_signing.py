@@ -21,11 +21,11 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 from huggingface_hub import HfApi
+from pushes import WRITE
 from variant_folder import LADDER, make_project, make_variant
 
 from inference.errors import InputError
 from publisher import signing
-from publisher.localhub import LocalHub
 from publisher.push_plan import local_files
 from publisher.signing import (
     PASSWORD,
@@ -42,7 +42,6 @@ from publisher.variants import load_project
 from publisher.verification import signed_here
 
 SECRET = "correct horse battery"
-WRITE = "hf_signingWRITEtoken"
 ID = "Q2_K_XL"
 REPO = f"demo/Qwen3.5-tiny-UD-{ID}-mlx"
 
@@ -275,13 +274,6 @@ def test_what_is_no_signature_is_one_line(data):
 
 
 # ------------------------------------------------------------------------------------------------ push and verify
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with LocalHub(tmp_path / "hub", {WRITE: "write:demo"}) as hub:
-        yield hub
-        assert hub.stats.crashes == 0
 
 
 def test_a_push_signs_once_and_is_up_to_date_the_next_time(ladder, publish, hub, keys):
