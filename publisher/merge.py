@@ -305,15 +305,23 @@ def _link(source: Path, target: Path, found: os.stat_result) -> bool:
 
 
 def _their_own(there: Path, files: Path) -> None:
-    """Notes and pictures of the publisher's own that were kept on the other host."""
+    """Notes and pictures of the publisher's own that were kept on the other host, as far as they can be used."""
     card = there / "README.md"
-    if not card.is_symlink() and read_notes(card) not in (None, Notes()):
+    if _is_regular(card) and (notes := read_notes(card)) not in (None, Notes()) and not (notes and notes.fault):
         shutil.copyfile(card, files / "README.md")
     if (there / "images").is_dir() and not (there / "images").is_symlink():
         (files / "images").mkdir(exist_ok=True)
         for picture in sorted((there / "images").iterdir()):
-            if stat.S_ISREG(picture.lstat().st_mode) and not picture.name.startswith("."):
+            if _is_regular(picture) and not picture.name.startswith("."):
                 shutil.copyfile(picture, files / "images" / picture.name)
+
+
+def _is_regular(path: Path) -> bool:
+    """Whether there is a file: no link, no pipe that a reader would wait for."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------ what comes along

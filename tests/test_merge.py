@@ -15,6 +15,7 @@ import pytest
 from conftest import EXAMPLE, environment, own_base, write_ladder
 
 import publisher.calibrate
+import publisher.merge
 from inference.checkpoint import read_header
 from publisher.schema import Costs, History, Receipt
 from publisher.store import Store, model_text, read_model, write_model
@@ -66,6 +67,18 @@ def states(ran) -> dict[str, str]:
 
 
 @pytest.fixture
+def cards() -> None:
+    """Asked for by tests that look at cards."""
+
+
+@pytest.fixture(autouse=True)
+def _no_cards(request, monkeypatch):
+    """A quarter of a second each, which the others need not wait for."""
+    if "cards" not in request.fixturenames:
+        monkeypatch.setattr(publisher.merge, "render_cards", lambda project, base: set())
+
+
+@pytest.fixture
 def main(tmp_path: Path, quick_yaml: str) -> Path:
     """A project that has built nothing."""
     return write_ladder(tmp_path / "main", quick_yaml).parent
@@ -79,7 +92,7 @@ def two(built: Path, tmp_path: Path) -> tuple[Path, Path]:
 # ------------------------------------------------------------------------------------------------ good
 
 
-def test_the_parts_become_the_ladder_of_one_host(publish, main, two, built):
+def test_the_parts_become_the_ladder_of_one_host(publish, main, two, built, cards):
     before = [tree(out) for out in two]
     ran = publish("merge", "../one/build", "../two/build", cwd=main).ok()
     assert "every variant of the ladder is here" in ran.out
@@ -95,7 +108,7 @@ def test_the_parts_become_the_ladder_of_one_host(publish, main, two, built):
     assert not list((main / "build/staging").iterdir())
 
 
-def test_a_part_alone_says_what_is_missing_and_its_cards_follow(publish, main, two):
+def test_a_part_alone_says_what_is_missing_and_its_cards_follow(publish, main, two, cards):
     said = json.loads(publish("merge", "../one/build", "--json", cwd=main).ok().out)
     assert said["absent"] == IDS[2:]
     alone = (main / "build" / Q2 / "README.md").read_text()
@@ -118,7 +131,7 @@ def test_what_is_here_stays_and_what_is_damaged_here_is_replaced(publish, main, 
     publish("verify", Q4, cwd=main).ok()
 
 
-def test_old_weights_here_are_replaced_and_the_notes_stay(publish, main, two, built):
+def test_old_weights_here_are_replaced_and_the_notes_stay(publish, main, two, built, cards):
     worker(built, main, *IDS)
     edit_manifest(main / "build", Q4, inputs=manifest(main / "build", Q4)["inputs"] | {"quant_version": 0})
     card = main / "build" / Q4 / "README.md"
@@ -129,7 +142,7 @@ def test_old_weights_here_are_replaced_and_the_notes_stay(publish, main, two, bu
     assert "begin -->\nOurs.\n<!--" in card.read_text()
 
 
-def test_notes_and_pictures_of_the_other_host_come_along_where_there_are_none_here(publish, main, two):
+def test_notes_and_pictures_of_the_other_host_come_along_where_there_are_none_here(publish, main, two, cards):
     card = two[1] / Q4 / "README.md"
     text = card.read_text()
     at = text.index("<!-- notes:begin -->\n") + len("<!-- notes:begin -->\n")
@@ -137,10 +150,16 @@ def test_notes_and_pictures_of_the_other_host_come_along_where_there_are_none_he
     (two[1] / Q4 / "images").mkdir(exist_ok=True)
     (two[1] / Q4 / "images/own.png").write_bytes(b"picture")
     (two[1] / Q4 / "images/secret.png").symlink_to("/etc/hostname")
+    os.mkfifo(two[1] / Q4 / "images/pipe.png")
+    (two[1] / IDS[3] / "README.md").unlink()
+    os.mkfifo(two[1] / IDS[3] / "README.md")
+    (two[1] / IDS[4] / "README.md").write_text("<!-- notes:begin -->\n<!-- notes:begin -->\n")
     publish("merge", "../two/build", cwd=main).ok()
     assert "begin -->\nTheirs.\n<!--" in (main / "build" / Q4 / "README.md").read_text()
     assert (main / "build" / Q4 / "images/own.png").read_bytes() == b"picture"
-    assert not (main / "build" / Q4 / "images/secret.png").exists()
+    assert {p.name for p in (main / "build" / Q4 / "images").iterdir()} == {"own.png"}
+    for id in IDS[3:5]:
+        assert "# " in (main / "build" / id / "README.md").read_text()
 
 
 def test_what_others_may_write_to_or_another_disk_holds_is_copied(publish, main, two, monkeypatch):
