@@ -22,7 +22,6 @@ project() { # project NAME: a host's own folder, with the same variants.yaml, th
 
 project main
 cd "$out/main"
-"$publish" plan
 # What all hosts need is made once: statistics, if a solver or the allocator asks for them. A folder of another base, text or
 # setting would not be used, since its name is the hash of all three.
 if [ -n "${CALIBRATE:-}" ]; then "$publish" calibrate; fi
