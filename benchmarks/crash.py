@@ -84,12 +84,19 @@ class Scenario:
 
 BUILD, PUSH = ("build", "--all", "-q"), ("push", "--all", "--yes", "-q")
 OTHER = LADDER.replace("bits: 4,", "bits: 3,").replace("smaller", "smallest")
+ONE, TWO = (
+    LADDER.replace("owner: demo", f"owner: demo\noutput: {name}") for name in ("one", "two")
+)  # other hosts' outputs
+SHARES = ((ONE, ("build", "Q4", "-q")), (TWO, ("build", "Q8", "-q")))
+MERGE = ("merge", "one", "two", "-q")
 SCENARIOS = (
     Scenario("build", BUILD),
     Scenario("rebuild", BUILD, ((LADDER, BUILD),), OTHER),
     Scenario("push", PUSH, ((LADDER, BUILD),)),
     Scenario("push again", PUSH, ((LADDER, BUILD), (LADDER, PUSH), (OTHER, BUILD)), OTHER),
     Scenario("build and push", (*BUILD, "--push")),
+    Scenario("merge", MERGE, SHARES),
+    Scenario("merge over old", (*MERGE, "--move"), (*SHARES, (OTHER, BUILD))),
     Scenario("pull request", (*PUSH, "--create-pr"), ((LADDER, BUILD), (LADDER, PUSH), (OTHER, BUILD)), OTHER),
 )
 

@@ -96,7 +96,7 @@ def build_held(
     for id in set(ids) - set(stale):
         _offer(ahead, seen.rungs[id])
     for id in set(ids) - set(stale):
-        _sweep(project, id)
+        sweep(project, id)
     if stale:
         if "smoke" not in skip or "bench" not in skip:
             from inference.tokenizer import Tokenizer  # noqa: PLC0415 - cards and pushes need no tokenizer
@@ -189,12 +189,12 @@ def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[
     from quant.convert import Job, convert  # noqa: PLC0415 - MLX only when there is something to quantize
 
     started = time.perf_counter()
-    _check_places(project, seen.base, ids)
+    check_places(project, seen.base, ids)
     jobs, inputs, exponents = [], {}, {}
     shared: dict[str, MomentSource] = {}
     for id in ids:
         job, inputs[id], exponents[id] = _job(project, seen, seen.rungs[id], hub, shared)
-        _sweep(project, id, keep=job["staging"])
+        sweep(project, id, keep=job["staging"])
         jobs.append(Job(**job))
     report.line(f"quantizing {', '.join(ids)} in one pass over {seen.base.name}")
     with report.bar("quantize") as tick:
@@ -206,7 +206,7 @@ def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[
         )
         manifest = _manifest(project, seen.rungs[done.variant], inputs[done.variant], exponents[done.variant], done)
         write_model(done.folder / "manifest.json", manifest)
-        _keep_own(project.store.variant(done.variant), done.folder)
+        keep_own(project.store.variant(done.variant), done.folder)
         # before the folder is in place: from then on nothing comes back here
         if not _as_pruned(seen.rungs[done.variant], manifest):
             _record(project, manifest, ids, done, wall)
@@ -273,7 +273,7 @@ def _job(
     return job, inputs, searched
 
 
-def _check_places(project: Project, base: ResolvedBase, ids: Sequence[str]) -> None:
+def check_places(project: Project, base: ResolvedBase, ids: Sequence[str]) -> None:
     """A build replaces whole folders: only such as an earlier build left, and never the base or anything around it."""
     out, source = project.store.root.resolve(), base.folder.resolve()
     if out == source or source in out.parents:
@@ -306,7 +306,7 @@ def _as_pruned(rung: Rung, manifest: Manifest) -> bool:
     return bool(rung.state.pruned and rung.manifest and rung.manifest.weights_hash == manifest.weights_hash)
 
 
-def _keep_own(old: Path, new: Path) -> None:
+def keep_own(old: Path, new: Path) -> None:
     """Pictures and notes of the publisher's own stay when weights are built again."""
     if read_notes(old / "README.md") not in (None, Notes()):
         shutil.copyfile(
@@ -316,7 +316,7 @@ def _keep_own(old: Path, new: Path) -> None:
         shutil.copytree(old / "images", new / "images", dirs_exist_ok=True)
 
 
-def _sweep(project: Project, id: str, keep: Path | None = None) -> None:
+def sweep(project: Project, id: str, keep: Path | None = None) -> None:
     """Remove what killed builds of a variant left and no later one can use: staging under other inputs, which can never
     be finished, and the folder that was being replaced. keep: the staging of the build that is about to go on."""
     staging, final = project.store.staging(id, "0" * 16).parent, project.store.variant(id)

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +211,7 @@ def calibrate(options: Options, force: bool) -> None:
 @click.option("--force", is_flag=True, help="Do every step again, current or not.")
 @click.option("--skip", multiple=True, type=click.Choice(["smoke", "bench", "card"]), help="Leave a step out.")
 @click.option("--eval", "evaluate", is_flag=True, help="Measure the quality too, as publish eval does.")
+@click.option("--shard", metavar="I/N", help="Build the I-th of N shares only; publish merge joins them.")
 @click.option("--push", "pushing", is_flag=True, help="Push what passes, without asking; upload while others are made.")
 @click.option("--private", is_flag=True, help="With --push: new repos stay private.")
 @click.option("--public", is_flag=True, help="With --push: new repos are public from the start.")
@@ -224,6 +225,7 @@ def build(
     force: bool,
     skip: tuple[str, ...],
     evaluate: bool,
+    shard: str | None,
     pushing: bool,
     private: bool,
     public: bool,
@@ -236,6 +238,8 @@ def build(
 
     project = options.project
     chosen = project.select(ids, all_variants)
+    shares = _shares(options, chosen, shard, pushing) if shard else {}
+    chosen = shares["takes"] if shares else chosen
     if pushing:
         from .release import Choices, build_and_push
         from .signing import with_key
@@ -251,11 +255,43 @@ def build(
         return
     if private or public or prune or sign_key:
         raise InputError("--private, --public, --prune and --sign-key: only with --push")
-    outcomes = run(project, chosen, options.hub, options.report, force, skip, evaluate)
-    options.show(show.outcomes_json(outcomes), lambda: show.outcomes_text(project, outcomes))
+    outcomes = run(project, chosen, options.hub, options.report, force, skip, evaluate and bool(chosen))
+    value = show.outcomes_json(outcomes) | ({"shard": shares} if shares else {})
+    options.show(value, lambda: show.outcomes_text(project, outcomes))
     failed = [o for o in outcomes if o.failed]
     if failed:
         raise CheckFailed("; ".join(f"{o.id}: smoke test failed: {o.failed}" for o in failed))
+
+
+def _shares(options: Options, chosen: Sequence[str], text: str, pushing: bool) -> dict[str, Any]:
+    """The variants that this host takes, and those that are left to others, told as lines, too."""
+    from .shard import parse_shard, partition_of
+
+    shard = parse_shard(text)
+    if pushing:
+        raise InputError("--shard: not with --push, which releases a whole ladder: merge the parts, then push")
+    parts = partition_of(options.project, chosen, shard.count, options.hub)
+    for line in parts.lines(shard):
+        options.report.line(line)
+    taken = list(parts.of(shard))
+    return {"share": str(shard), "takes": taken, "left": [id for id in chosen if id not in taken]}
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDERS...", type=_folder)
+@click.option("--move", is_flag=True, help="Delete each variant there once it is proven to be here.")
+@common
+def merge(options: Options, folders: tuple[Path, ...], move: bool) -> None:
+    """Take over what other hosts built (build --shard), from their output folders. A killed merge resumes."""
+    from . import show
+    from .merge import merge as run
+
+    done = run(options.project, folders, options.hub, options.report, move)
+    options.show(show.merged_json(done), lambda: show.merged_text(done))
+    if done.wrong:
+        raise CheckFailed("; ".join(f"{p.id} of {p.folder}: not taken: {p.detail}" for p in done.wrong))
+    if done.stale:
+        raise GateRefused("; ".join(f"{p.id} of {p.folder}: not taken: {p.detail}" for p in done.stale))
 
 
 @main.command()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .calibrate import Calibrated
     from .drift import BaseDrift
     from .evaluate_figures import Paired
+    from .merge import Merged
     from .push import PushPlan, RemoteState
     from .push_plan import LocalFile
     from .release import Released
@@ -422,6 +423,39 @@ def outcomes_text(project: Project, outcomes: Sequence[Outcome]) -> str:
     return table(
         ("variant", "GB", "bits/weight", "KL, nats", "decode tok/s", "smoke", "done now"), rows, right=(1, 2, 3, 4)
     )
+
+
+def merged_json(done: Merged) -> dict[str, Any]:
+    return {
+        "variants": [
+            {
+                "id": p.id,
+                "folder": str(p.folder),
+                "state": p.state,
+                "detail": p.detail,
+                "weights_hash": p.weights_hash or None,
+                "results": list(p.results),
+                "moved": p.moved,
+            }
+            for p in done.parts
+        ],
+        "others": list(done.others),
+        "cards_changed": list(done.cards),
+        "absent": list(done.absent),
+    }
+
+
+def merged_text(done: Merged) -> str:
+    rows = [
+        (p.id, str(p.folder), p.state, p.weights_hash[:12] or "–", ", ".join(p.results) or "none", p.detail)
+        for p in done.parts
+    ]
+    lines = [table(("variant", "from", "result", "weights", "results taken", "detail"), rows)] if rows else []
+    lines += done.others
+    if done.cards:
+        lines.append(f"cards rendered again: {', '.join(done.cards)}")
+    lines.append(f"not here yet: {', '.join(done.absent)}" if done.absent else "every variant of the ladder is here")
+    return "\n".join(lines)
 
 
 def results_json(project: Project, ids: Sequence[str]) -> dict[str, Any]:

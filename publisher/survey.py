@@ -108,18 +108,7 @@ def allocate(
 
 def _rung(project: Project, base: ResolvedBase, id: str, read: bool, frozen: bool = True) -> Rung:
     manifest = read_manifest(project, id)
-    found = sources(project, id, base, manifest, read, frozen)
-    plan = plan_variant(project, id, base.checkpoint, base.targets, found)
-    source = project.imatrix(id)
-    imatrix: ImatrixInput | None = known_imatrix(project, source) if source else None
-    inputs, missing = None, None if plan.applied else UNKNOWN
-    statistics = known_statistics(project, base, id, manifest, read)
-    if project.solves_by_statistics(id) and statistics is None:
-        missing = missing or NOT_CALIBRATED
-    elif plan.applied and (imatrix or not needs_imatrix(project, plan)):
-        inputs = build_inputs(
-            project, plan, base_input(project, base, id, manifest, read), imatrix, statistics, QUANT_VERSION
-        )
+    plan, inputs, missing = todays_inputs(project, base, id, manifest, read, frozen)
     smoke = bench = quality = None
     if manifest:
         results = project.store.results(manifest.weights_hash)
@@ -147,6 +136,28 @@ def _rung(project: Project, base: ResolvedBase, id: str, read: bool, frozen: boo
         pruned=gone.where if gone else None,
     )
     return Rung(id, plan, inputs, manifest, smoke, bench, state, quality)
+
+
+def todays_inputs(
+    project: Project, base: ResolvedBase, id: str, manifest: Manifest | None, read: bool = True, frozen: bool = True
+) -> tuple[VariantPlan, BuildInputs | None, str | None]:
+    """(plan, inputs, why there are none) that a build of now would have; to compare with `manifest`, wherever it lies.
+
+    read, frozen: as for `survey` and `allocate`.
+    """
+    found = sources(project, id, base, manifest, read, frozen)
+    plan = plan_variant(project, id, base.checkpoint, base.targets, found)
+    source = project.imatrix(id)
+    imatrix: ImatrixInput | None = known_imatrix(project, source) if source else None
+    inputs, missing = None, None if plan.applied else UNKNOWN
+    statistics = known_statistics(project, base, id, manifest, read)
+    if project.solves_by_statistics(id) and statistics is None:
+        missing = missing or NOT_CALIBRATED
+    elif plan.applied and (imatrix or not needs_imatrix(project, plan)):
+        inputs = build_inputs(
+            project, plan, base_input(project, base, id, manifest, read), imatrix, statistics, QUANT_VERSION
+        )
+    return plan, inputs, missing
 
 
 def needs_imatrix(project: Project, plan: VariantPlan) -> bool:

@@ -11,7 +11,7 @@ from variant_folder import CARD, make_project, make_variant
 
 from inference.errors import InputError, RemoteChanged
 from publisher.base import resolve_base
-from publisher.build import _keep_own, card_texts, render_cards
+from publisher.build import card_texts, keep_own, render_cards
 from publisher.card import gather, render
 from publisher.card_notes import NOTES_BYTES, Notes, merge, read_notes, split, with_notes
 from publisher.gate import gate
@@ -159,10 +159,10 @@ def test_a_rebuild_keeps_notes_and_nothing_else_of_the_card(tmp_path: Path) -> N
     for folder in (old, new):
         folder.mkdir()
     (old / "README.md").write_text("# Old\n" + BEGIN + END)
-    _keep_own(old, new)
+    keep_own(old, new)
     assert not (new / "README.md").exists()
     (old / "README.md").write_text("# Old\n" + BEGIN + "Mine.\n" + END)
-    _keep_own(old, new)
+    keep_own(old, new)
     assert read_notes(new / "README.md") == Notes("Mine.\n")
 
 

@@ -30,18 +30,28 @@ def crash() -> ModuleType:
     return module
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_push_that_is_killed_anywhere_ends_as_if_it_were_not(tmp_path):
-    out = tmp_path / "crash.json"
+def killed(out: Path, scenario: str, every: int, offset: int) -> None:
+    """A few kills of a scenario: all must heal."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--scenarios", "push", "--every", "130", "--offset", "41", "--random", "1", "--json", out],
+        [sys.executable, SCRIPT, "--scenarios", scenario, "--every", str(every), "--offset", str(offset), "--random", "1",
+         "--json", out],
         cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    (push,) = json.loads(out.read_text())["scenarios"]
-    assert sum(push["kills"].values()) + push["ended_before"] >= 3
-    assert push["kills"]["file"]
-    assert push["failures"] == []
+    (row,) = json.loads(out.read_text())["scenarios"]
+    assert sum(row["kills"].values()) + row["ended_before"] >= 3
+    assert row["kills"]["file"]
+    assert row["failures"] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_push_that_is_killed_anywhere_ends_as_if_it_were_not(tmp_path):
+    killed(tmp_path / "crash.json", "push", 130, 41)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_merge_that_is_killed_anywhere_ends_as_if_it_were_not(tmp_path):
+    killed(tmp_path / "crash.json", "merge over old", 60, 25)
 
 
 def test_a_commit_that_is_not_whole_is_seen(tmp_path, crash):
