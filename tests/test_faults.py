@@ -18,6 +18,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from huggingface_hub import constants
 from pushes import READ, REPO, TOKENS, WRITE, api, commits, connect, edit_card, pulls, push, somebody_commits
 from variant_folder import make_variant
 

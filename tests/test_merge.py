@@ -332,7 +332,7 @@ def test_folders_that_are_no_other_hosts_output_are_refused(publish, main, two):
 
 
 def test_a_folder_where_a_build_is_at_work_is_refused(publish, main, two):
-    with Store(two[0]).lock():
+    with Store(two[0]).lock("build"):
         assert "another publish is at work there" in publish("merge", "../one/build", cwd=main).refused(2)
     publish("merge", "../one/build", "../one/build", cwd=main).ok()
 
