@@ -85,22 +85,23 @@ def solve(
 
 def nearest_together(dtype: str, spec: QuantSpec, solver: str) -> bool:
     """Whether `solve_together` takes a matrix that is stored as `dtype` (safetensors name) to this format."""
-    return BACKEND == "cpu" and dtype == "BF16" and spec.mode == "affine" and solver == "rtn"
+    return dtype == "BF16" and spec.mode == "affine" and solver == "rtn"
 
 
 def solve_together(weights: mx.array | np.ndarray, specs: Sequence[QuantSpec]) -> list[tuple[Any, Any, Any]]:
     """Round a band to nearest in several formats of one group size: (codes, scales, biases) for each, with the bytes of
     `mx.quantize`.
 
-    weights: [..., K] bfloat16, evaluated, or its patterns as uint16. Scales and biases are bfloat16 or patterns, too.
+    weights: [..., K] bfloat16, evaluated, or on a CPU its patterns as uint16. Scales and biases are bfloat16 or patterns,
+    too. On a GPU all formats are one evaluation, so that the host waits once.
     """
-    bits: Any = weights if isinstance(weights, np.ndarray) else weights.view(mx.uint16)
-    patterns = np.asarray(memoryview(bits))
     group = specs[0].group_size
-    found = nearest.quantize(np.ascontiguousarray(patterns), group, [s.bits for s in specs])
-    if found is not None:
-        return list(found)
-    x = mx.array(patterns).view(mx.bfloat16)
+    if BACKEND == "cpu":
+        bits: Any = weights if isinstance(weights, np.ndarray) else weights.view(mx.uint16)
+        found = nearest.quantize(np.ascontiguousarray(memoryview(bits)), group, [s.bits for s in specs])
+        if found is not None:
+            return list(found)
+    x = mx.array(weights).view(mx.bfloat16) if isinstance(weights, np.ndarray) else weights
     out = [mx.quantize(x, group_size=group, bits=s.bits) for s in specs]
     mx.eval(out)
     return [(codes, scales, biases) for codes, scales, biases in out]

@@ -216,7 +216,7 @@ class Pass:
             band = _Band(target, start, stop, stop == rows, products, raw, source)
             for p in products:
                 form = (p.key.dtype, p.key.fold)
-                if not (_copies(p) or (_together(p) and not _changed(p))) and form not in band.prepared:
+                if not _as_it_is(p) and form not in band.prepared:
                     band.prepared[form] = self.solvers.submit(self._prepare, raw, p.plan.target, p.fold, start, stop)
             yield band
 
@@ -232,7 +232,7 @@ class Pass:
                 band.solved.append(([p], self.solvers.submit(self._solve, prepared, p, band.start, band.stop)))
         for (dtype, fold, _), products in together.items():
             weights = band.prepared.get((dtype, fold), band.raw)
-            band.solved.append((products, self.solvers.submit(_solve_together, weights, products)))
+            band.solved.append((products, self.solvers.submit(self._solve_together, weights, products)))
 
     def _read(self, target: Target, start: int, stop: int) -> np.ndarray:
         raw = read_band(target, start, stop)
@@ -285,6 +285,12 @@ class Pass:
             packed = solve(x, known, product.key.spec, product.key.solver)
             return [[_view(p) for p in (packed.codes, packed.scales, packed.biases) if p is not None]]
 
+    def _solve_together(self, weights: Future[Any], products: Sequence[_Product]) -> list[list[memoryview]]:
+        """Bytes of one band for each of the products, which differ in width alone. weights: as for `solve_together`."""
+        x, specs = weights.result(), [p.key.spec for p in products if p.key.spec]
+        with mx.stream(self._streams.stream):
+            return [[_view(part) for part in packed] for packed in solve_together(x, specs)]
+
     def _land(self, band: _Band, kept: dict[str, str]) -> list[Future[Any]]:
         """Hand one solved band to the threads that hash and write it."""
         source = band.source.result()
@@ -334,10 +340,9 @@ def _together(product: _Product) -> bool:
     return spec is not None and nearest_together(product.key.dtype, spec, product.key.solver)
 
 
-def _solve_together(weights: Future[Any], products: Sequence[_Product]) -> list[list[memoryview]]:
-    """Bytes of one band for each of the products, which differ in width alone. weights: bfloat16 or its patterns."""
-    specs = [p.key.spec for p in products if p.key.spec]
-    return [[_view(part) for part in packed] for packed in solve_together(weights.result(), specs)]
+def _as_it_is(product: _Product) -> bool:
+    """Whether a product is made of the source's bytes, and needs no array of MLX."""
+    return _copies(product) or (BACKEND == "cpu" and _together(product) and not _changed(product))
 
 
 def _bytes(x: np.ndarray) -> memoryview:

@@ -169,6 +169,16 @@ def test_memory_holds_the_weights_in_flight_and_none_that_are_written(tiny, tmp_
     assert max(reads) <= max(BAND, row)
 
 
+def test_the_way_of_a_gpu_leaves_the_same_bytes(tiny, tmp_path, monkeypatch):
+    """Its order of work (arrays of MLX, one solver, one evaluation a band), here on a CPU."""
+    expected = convert(ladder(tiny, tmp_path / "cpu"))
+    monkeypatch.setattr(stream, "BACKEND", "cuda")
+    monkeypatch.setattr(solve_module, "BACKEND", "cuda")
+    monkeypatch.setattr("quant.nearest.quantize", lambda *_: pytest.fail("for CPUs"))
+    for done, known in zip(convert(ladder(tiny, tmp_path / "gpu"), band_bytes=BAND), expected, strict=True):
+        assert contents(done.folder) == contents(known.folder)
+
+
 def test_jobs_bound_what_is_solved_at_once_and_held_and_change_no_byte(tiny, tmp_path, monkeypatch):
     solve, read, write = stream.solve_together, stream.read_band, Lane.write
     lock, meet = threading.Lock(), threading.Barrier(3)
