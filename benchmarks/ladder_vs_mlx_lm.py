@@ -1,11 +1,13 @@
 """Wall time of a ladder built in one pass against one `mlx_lm.convert` a variant, on the same checkpoint and formats.
 
-    python -m benchmarks.ladder_vs_mlx_lm MODEL [--work DIR] [--bits 2,3,4,5,6,8] [--imatrix FILE] [--out FILE.json]
+    python -m benchmarks.ladder_vs_mlx_lm MODEL [--work DIR] [--bits 2,3,4,5,6,8] [--imatrix FILE] [--runs N] [--out FILE.json]
 
-Every build runs in a process of its own. wall_s runs from after its imports to the last byte written, process_s is the
-whole process as a person waits for it; the peak is the process's. mlx-lm gets a predicate with the very formats of the
-plan (it writes neither vision tower nor MTP head, and hashes nothing). Outputs are removed as soon as they are
-measured, so that the disk holds one ladder at most.
+Every build runs in a process of its own, the two sides in turn, `--runs` times. wall_s runs from after its imports to
+the last byte written, process_s is the whole process as a person waits for it, cpu_s its CPU time without the imports;
+the peak is the process's. mlx-lm gets a predicate with the very formats of the plan. The ladder does more: it also
+writes vision tower and MTP head, hashes the source, every tensor and every file, and waits until all of it is on the
+disk (fsync); mlx-lm does none of that. Outputs are removed as soon as they are measured, so that the disk holds one
+ladder at most. The file is written after every build, so that a run that is cut short keeps what it has.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -45,6 +48,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("ladder-work"))
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -58,38 +62,50 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         sys.stdout.write("\n" + json.dumps({**result, "peak_gb": round(peak / 1e9, 3)}) + "\n")
         return
-    result = compare(args, bits)
-    text = json.dumps(result, indent=2) + "\n"
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
+    sys.stdout.write(json.dumps(compare(args, bits), indent=1) + "\n")
 
 
 def compare(args: argparse.Namespace, bits: list[int]) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
-    ladder = child("ours", args, ",".join(map(str, bits)))
-    shutil.rmtree(args.work / "ours")
-    single = []
-    for b in bits:
-        single.append(child("theirs", args, str(b)))
-        shutil.rmtree(args.work / "theirs")
-    total = sum(r["wall_s"] for r in single)
-    return {
-        "what": "six variants in one pass against six mlx_lm.convert runs" if len(bits) == 6 else "ladder against mlx_lm.convert",
+    out: dict[str, Any] = {
+        "what": f"{len(bits)} variants in one pass against as many mlx_lm.convert runs",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": args.model.name,
         "params": sum(t.nbytes for t in read_checkpoint(args.model).tensors.values()) // 2,
         "recipe": RECIPE, "group_size": GROUP, "bits": bits, "awq": args.imatrix is not None,
-        "device": asdict(device_info()), "cores": os.cpu_count(), "mlx_lm": version("mlx-lm"),
-        "ladder": ladder, "mlx_lm_convert": single, "mlx_lm_total_s": round(total, 2),
-        "speedup": round(total / ladder["wall_s"], 2),
-        "mlx_lm_process_total_s": round(sum(r["process_s"] for r in single), 2),
-        "speedup_processes": round(sum(r["process_s"] for r in single) / ladder["process_s"], 2),
+        "device": asdict(device_info()), "cores": os.cpu_count(), "mlx_lm": version("mlx-lm"), "runs": [],
     }  # fmt: skip
+    for _ in range(args.runs):
+        run: dict[str, Any] = {"ladder": child("ours", args, ",".join(map(str, bits))), "mlx_lm_convert": []}
+        out["runs"].append(run)
+        shutil.rmtree(args.work / "ours")
+        for b in bits:
+            run["mlx_lm_convert"].append(child("theirs", args, str(b)))
+            shutil.rmtree(args.work / "theirs")
+            if args.out:
+                args.out.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+        out["summary"] = summary(out["runs"])
+        if args.out:
+            args.out.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+    return out
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """For each measure: medians of the ladder and of the sum of the single runs, of their ratio, and the ratio's range."""
+    out = {}
+    for key in ("wall_s", "process_s", "cpu_s"):
+        ours = [r["ladder"][key] for r in runs]
+        theirs = [sum(c[key] for c in r["mlx_lm_convert"]) for r in runs]
+        ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
+        out[key] = {
+            "ladder": round(statistics.median(ours), 2), "mlx_lm_convert": round(statistics.median(theirs), 2),
+            "ratio": round(statistics.median(ratios), 2), "least": round(min(ratios), 2), "most": round(max(ratios), 2),
+        }  # fmt: skip
+    return out
 
 
 def child(which: str, args: argparse.Namespace, bits: str) -> dict[str, Any]:
-    """Run one build in a process of its own; the JSON on its last line, and the load of the machine before it."""
+    """Run one build in a process of its own; the JSON on its last line, and the load of the machine before and after it."""
     shutil.rmtree(args.work / which, ignore_errors=True)
     command = [
         sys.executable,
@@ -106,7 +122,11 @@ def child(which: str, args: argparse.Namespace, bits: str) -> dict[str, Any]:
     started = time.perf_counter()
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     process_s = round(time.perf_counter() - started, 2)
-    return {**json.loads(run.stdout.splitlines()[-1]), "process_s": process_s, "load_before": load}
+    return {
+        **json.loads(run.stdout.splitlines()[-1]),
+        "process_s": process_s,
+        "load": [load, round(os.getloadavg()[0], 2)],
+    }
 
 
 def plans_of(model: Path, bits: int, awq: bool) -> list[TensorPlan]:

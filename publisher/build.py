@@ -75,12 +75,13 @@ def build_held(
     evaluate: bool = False,
     ahead: Ahead | None = None,
     keep_pruned: bool = False,
+    jobs: int | None = None,
 ) -> list[Outcome]:
     """Bring variants up to date; cards of all built siblings follow, since they list each other. For a caller that holds
     the lock.
 
     ahead: is offered each variant as soon as its weights passed their smoke test. keep_pruned: weights that the hub holds
-    are not made again, unless a step needs them.
+    are not made again, unless a step needs them. jobs: bands of the base to quantize at once; None: by the cores.
     Raises what the steps raise; a failed smoke test is not an exception but an Outcome.
     """
     seen = survey(project, hub, cards=False)
@@ -102,7 +103,7 @@ def build_held(
             from inference.tokenizer import Tokenizer  # noqa: PLC0415 - cards and pushes need no tokenizer
 
             Tokenizer.load(seen.base.folder)  # better refused now than after hours of quantizing
-        quantize(project, seen, stale, hub, report)
+        quantize(project, seen, stale, hub, report, jobs)
         seen = survey(project, hub, weights=True, cards=False)
     for id in stale:
         _offer(ahead, seen.rungs[id])
@@ -184,7 +185,14 @@ def _failed(project: Project, id: str) -> str | None:
     )
 
 
-def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[], Hub], report: Report) -> None:
+def quantize(
+    project: Project,
+    seen: Survey,
+    ids: Sequence[str],
+    hub: Callable[[], Hub],
+    report: Report,
+    at_once: int | None = None,
+) -> None:
     """Convert variants in one pass over the source and move each into place with its manifest."""
     from quant.convert import Job, convert  # noqa: PLC0415 - MLX only when there is something to quantize
 
@@ -198,7 +206,7 @@ def quantize(project: Project, seen: Survey, ids: Sequence[str], hub: Callable[[
         jobs.append(Job(**job))
     report.line(f"quantizing {', '.join(ids)} in one pass over {seen.base.name}")
     with report.bar("quantize") as tick:
-        converted = convert(jobs, lambda p: tick(p.bytes_done, p.bytes_total))
+        converted = convert(jobs, lambda p: tick(p.bytes_done, p.bytes_total), at_once=at_once)
     wall = time.perf_counter() - started
     for job, done in zip(jobs, converted, strict=True):
         remember_source_hash(

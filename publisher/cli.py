@@ -212,6 +212,9 @@ def calibrate(options: Options, force: bool) -> None:
 @click.option("--skip", multiple=True, type=click.Choice(["smoke", "bench", "card"]), help="Leave a step out.")
 @click.option("--eval", "evaluate", is_flag=True, help="Measure the quality too, as publish eval does.")
 @click.option("--shard", metavar="I/N", help="Build the I-th of N shares only; publish merge joins them.")
+@click.option(
+    "--jobs", type=click.IntRange(1, 256), metavar="N", help="Pieces quantized at once; fewer take less memory."
+)
 @click.option("--push", "pushing", is_flag=True, help="Push what passes, without asking; upload while others are made.")
 @click.option("--private", is_flag=True, help="With --push: new repos stay private.")
 @click.option("--public", is_flag=True, help="With --push: new repos are public from the start.")
@@ -226,6 +229,7 @@ def build(
     skip: tuple[str, ...],
     evaluate: bool,
     shard: str | None,
+    jobs: int | None,
     pushing: bool,
     private: bool,
     public: bool,
@@ -246,7 +250,9 @@ def build(
 
         project = with_key(project, sign_key)
         choices = Choices(private=private, at_once=public, prune=prune)
-        outcomes, done = build_and_push(project, chosen, options.hub, options.report, choices, force, skip, evaluate)
+        outcomes, done = build_and_push(
+            project, chosen, options.hub, options.report, choices, force, skip, evaluate, jobs
+        )
         options.show(
             {**show.outcomes_json(outcomes), **show.released_json(done)},
             lambda: f"{show.outcomes_text(project, outcomes)}\n{show.released_text(done, options.hub().endpoint)}",
@@ -255,7 +261,7 @@ def build(
         return
     if private or public or prune or sign_key:
         raise InputError("--private, --public, --prune and --sign-key: only with --push")
-    outcomes = run(project, chosen, options.hub, options.report, force, skip, evaluate and bool(chosen))
+    outcomes = run(project, chosen, options.hub, options.report, force, skip, evaluate and bool(chosen), jobs=jobs)
     value = show.outcomes_json(outcomes) | ({"shard": shares} if shares else {})
     options.show(value, lambda: show.outcomes_text(project, outcomes))
     failed = [o for o in outcomes if o.failed]

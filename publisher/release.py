@@ -281,6 +281,7 @@ def build_and_push(
     force: bool = False,
     skip: Collection[str] = (),
     evaluate: bool = False,
+    jobs: int | None = None,
 ) -> tuple[list[Outcome], Released]:
     """Build, and push what passes. Weights go up as soon as they pass their smoke test, while others are still made
     (`ahead`); commits follow when all cards are final, for cards list each other. What fails does not stop the rest.
@@ -292,7 +293,7 @@ def build_and_push(
         with Ahead(project, connection, choices.private, choices.staged, report) as ahead:
             # one connection for both: a second one would close the client that uploads
             outcomes = build_held(
-                project, ids, lambda: connection, report, force, skip, evaluate, ahead, keep_pruned=choices.prune
+                project, ids, lambda: connection, report, force, skip, evaluate, ahead, choices.prune, jobs
             )
         plans, failed = [], {}
         for id, refusals in refused(project, ids, connection).items():

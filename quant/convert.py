@@ -4,16 +4,16 @@ The source is read once, in disk order, in bands of rows. A band is turned into 
 rounded once), then every distinct format that any variant wants of it is solved once, and the result appended to each
 of those variants' shards while the next band is being read. Where nothing changes, bytes are copied as they are.
 
-Threads: one reads and hashes the source, WORKERS solve, one a variant writes and hashes its files. The order within
-every file is that of the source, so the output does not depend on timing, on the size of a band, or on which variants
-are built together. `gptq` alone sees the size of a band: a matrix product may round otherwise with other rows beside it,
-and so may choose another code. Its bands have the same size in every build on one kind of device.
+Threads: one reads the source, one hashes it, `jobs` solve (one on a GPU), two hash stored tensors, one a variant writes
+and hashes its files. The order within every file is that of the source, so the output does not depend on timing, on the
+number of threads, on the size of a band, or on which variants are built together. `gptq` alone sees the size of a band:
+a matrix product may round otherwise with other rows beside it, and so may choose another code. Its bands have the same
+size in every build on one kind of device.
 
-Memory, beyond the interpreter and whatever the model's size: LOOKAHEAD bands in solving and as many in writing, each
-the source (8 MiB), its float32 form while folding (3 × 16 MiB a worker) and one packed copy a format (at most 5 MiB);
-scales and biases of one weight, kept until its codes are written (4 / group_size bytes an element a format: 64 MB for
-each distinct format of a 248320 × 4096 embedding in groups of 64). Measured on two cores, six folded
-variants of 9B shapes in groups of 64: 0.57 GB with the interpreter. Groups of 32 double the second part.
+Memory, beyond the interpreter and whatever the model's size: jobs + 1 bands in solving and as many in writing, each
+the source (8 MiB) and one packed copy a format (at most 5 MiB), and in each solver what it works with (3 × 16 MiB while
+it folds); scales and biases of one weight, kept until its codes are written (4 / group_size bytes an element a format:
+64 MB for each distinct format of a 248320 × 4096 embedding in groups of 64). docs/benchmarks.md has measured peaks.
 
 Peak disk: all variants of the run, beside what they replace.
 """
@@ -37,6 +37,7 @@ from .folder import (
     hash_files,
     index_json,
     side_files,
+    sync,
     weights_hash,
     write_json,
 )
@@ -45,7 +46,7 @@ from .recipe import TensorPlan
 from .shards import MTP_FILE, Stored
 from .solve import SOLVERS
 from .source import source_hash
-from .stream import Progress, SourceChanged, run_pass
+from .stream import Progress, SourceChanged, default_jobs, run_pass
 
 __all__ = ["Converted", "Job", "Progress", "convert", "finish", "unquantized"]
 
@@ -77,15 +78,21 @@ class Converted:
 
 
 def convert(
-    jobs: Sequence[Job], progress: Callable[[Progress], None] | None = None, band_bytes: int | None = None
+    jobs: Sequence[Job],
+    progress: Callable[[Progress], None] | None = None,
+    band_bytes: int | None = None,
+    at_once: int | None = None,
 ) -> list[Converted]:
     """Build all jobs in one pass; each ends as a complete folder at job.staging/files.
+
+    at_once: bands to solve at once, for more speed or less memory; the bytes are the same. None: by the cores.
 
     A run that was killed is picked up where its journals and files agree, unless the source has changed since. Raises
     ResourceError if the disk is too small (before anything is written, if it can be known), CheckpointError for values
     in the source that are not finite, InputError for a base folder that cannot be copied.
     """
     started = time.perf_counter()
+    at_once = default_jobs() if at_once is None else at_once
     lanes = [Lane(job) for job in jobs]
     if band_bytes is None:
         by_column = any(SOLVERS[job.solver].uses_hessian for job in jobs)
@@ -95,12 +102,14 @@ def convert(
     try:
         _check_disk(lanes, sides)
         try:
-            read = run_pass(lanes, progress, band_bytes)
+            read = run_pass(lanes, progress, band_bytes, at_once)
         except SourceChanged:
             for lane in lanes:
                 lane.discard()
-            read = run_pass(lanes, progress, band_bytes)
-        return [_finish(lane, sides[lane.job.base], read, time.perf_counter() - started) for lane in lanes]
+            read = run_pass(lanes, progress, band_bytes, at_once)
+        done = [_finish(lane, sides[lane.job.base], read, started) for lane in lanes]
+        sync(d.folder / name for d in done for name, _, _ in d.files)
+        return done
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"disk is full at {jobs[0].staging.parent}; free some space and run again") from None
@@ -134,7 +143,7 @@ def _check_disk(lanes: Sequence[Lane], sides: Mapping[Path, Sequence[Path]]) -> 
             )
 
 
-def _finish(lane: Lane, sides: Sequence[Path], bytes_read: int, wall_s: float) -> Converted:
+def _finish(lane: Lane, sides: Sequence[Path], bytes_read: int, started: float) -> Converted:
     folder, shards = lane.writer.folder, lane.layout.shards
     tensors: list[tuple[str, str, tuple[int, ...], str]] = []
     indexed: list[tuple[Stored, str]] = []
@@ -155,5 +164,5 @@ def _finish(lane: Lane, sides: Sequence[Path], bytes_read: int, wall_s: float) -
         lane.job.variant, folder, weights_hash(tensors, lane.config.get("quantization")),
         source_hash((r.target, r.source) for r in lane.writer.records),
         hash_files(folder, lane.writer.shard_hashes()), tensors,
-        bytes_read, lane.writer.written, lane.resumed, wall_s,
+        bytes_read, lane.writer.written, lane.resumed, time.perf_counter() - started,
     )  # fmt: skip

@@ -115,10 +115,12 @@ class Lane:
         shutil.rmtree(self.job.staging)
         self._reset()
 
-    def write(self, target: Target, part: int, data: list[memoryview]) -> None:
-        shard = self.layout.groups[self.position[target.name]][part].shard
-        for piece in data:
-            self.writer.append(shard, piece)
+    def write(self, target: Target, parts: Sequence[Sequence[memoryview]]) -> None:
+        """Append the next bytes of a weight: of its codes, then of its scales and biases if they are complete."""
+        shard = self.layout.groups[self.position[target.name]][0].shard
+        for pieces in parts:
+            for piece in pieces:
+                self.writer.append(shard, piece)
 
     def commit(self, target: Target, source: str, digests: Future[tuple[str, ...]]) -> None:
         self.writer.commit(Record(target.name, source, digests.result()))

@@ -173,15 +173,14 @@ class ShardWriter:
         self.written += len(view)
 
     def commit(self, record: Record) -> None:
-        """Note a weight as complete, once all of its bytes are in the file."""
+        """Note a weight as complete, once all of its bytes are in the file. (Not on the disk: a journal is believed only
+        as far as the file's bytes hash as it says.)"""
         group = self.layout.groups[len(self.records)]
         shard = group[0].shard
         if record.target != self.targets[len(self.records)] or self._position[shard] != group[-1].end:
             raise AssertionError(f"{record.target}: at {self._position[shard]}, layout says {group[-1].end}")
         if self._position[shard] == self.layout.shards[shard].nbytes:
-            handle = self._open.pop(shard)
-            os.fsync(handle.fileno())
-            handle.close()
+            self._open.pop(shard).close()
         if self._log is None:
             self._log = open(self.journal, "ab", buffering=0)  # noqa: SIM115 - open across calls
         self._log.write(_line({"target": record.target, "source": record.source, "sha256": list(record.sha256)}))

@@ -3,7 +3,7 @@
 A solver chooses codes, scales and biases of a matrix in the stored format that `QuantSpec` names, knowing what its input
 looks like (`Moments`). Rows are independent of each other, so solvers work on any band of rows.
 
-    rtn    round to nearest: exactly `mx.quantize`
+    rtn    round to nearest: exactly `mx.quantize` (on a CPU by `quant.nearest`, several formats at once)
     ls     scale and bias by least squares, weighted by E[x²] (`quant.least_squares`)
     gptq   the whole Hessian: error feedback on the scales of `ls`, coordinate descent, refitted scales (`quant.gptq`)
 
@@ -14,15 +14,16 @@ mxfp8, nvfp4) have fixed scales and are always rounded to nearest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from inference.backend import mx
+from inference.backend import BACKEND, mx
 from inference.checkpoint import QuantSpec
 
-from . import gptq, least_squares
+from . import gptq, least_squares, nearest
 
 WORD = 32  # bits
 
@@ -80,6 +81,30 @@ def solve(
     packed = run(weights, moments, spec, effort)
     mx.eval(packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases]))
     return packed
+
+
+def nearest_together(dtype: str, spec: QuantSpec, solver: str) -> bool:
+    """Whether `solve_together` takes a matrix that is stored as `dtype` (safetensors name) to this format."""
+    return dtype == "BF16" and spec.mode == "affine" and solver == "rtn"
+
+
+def solve_together(weights: mx.array | np.ndarray, specs: Sequence[QuantSpec]) -> list[tuple[Any, Any, Any]]:
+    """Round a band to nearest in several formats of one group size: (codes, scales, biases) for each, with the bytes of
+    `mx.quantize`.
+
+    weights: [..., K] bfloat16, evaluated, or on a CPU its patterns as uint16. Scales and biases are bfloat16 or patterns,
+    too. On a GPU all formats are one evaluation, so that the host waits once.
+    """
+    group = specs[0].group_size
+    if BACKEND == "cpu":
+        bits: Any = weights if isinstance(weights, np.ndarray) else weights.view(mx.uint16)
+        found = nearest.quantize(np.ascontiguousarray(memoryview(bits)), group, [s.bits for s in specs])
+        if found is not None:
+            return list(found)
+    x = mx.array(weights).view(mx.bfloat16) if isinstance(weights, np.ndarray) else weights
+    out = [mx.quantize(x, group_size=group, bits=s.bits) for s in specs]
+    mx.eval(out)
+    return [(codes, scales, biases) for codes, scales, biases in out]
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:

@@ -1,13 +1,15 @@
 """One pass over the source: read a band, fold it, solve every format that any variant wants of it, hash and write.
 
-Threads: one reads and hashes the source, WORKERS solve, two hash stored tensors, one a variant writes and hashes its
-files. Every queue is in source order, so what is written does not depend on timing.
+Threads: one reads the source, one checks and hashes it, `jobs` solve (on a GPU one: it feeds the device), two hash stored
+tensors, one a variant writes and hashes its files. Every queue is in source order, so what is written does not depend
+on timing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,11 +29,9 @@ from .awq import Fold
 from .job import Key, Lane, disk_order
 from .moments import MomentSource
 from .recipe import TensorPlan
-from .solve import SOLVERS, solve
+from .solve import SOLVERS, nearest_together, solve, solve_together
 
-LOOKAHEAD = 3  # bands
-# CPU streams that solve: measured on two cores, mx.quantize takes 0.42 GB/s of bf16 in one, 0.80 in two; a GPU gets one
-WORKERS = 2 if BACKEND == "cpu" else 1
+MOST_JOBS = 8  # unless asked for more: by then a disk is slower
 EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00}  # all ones: infinite or not a number
 
 
@@ -48,9 +48,18 @@ class SourceChanged(Exception):
     """What an earlier run kept was made from other source bytes."""
 
 
-def run_pass(lanes: Sequence[Lane], progress: Callable[[Progress], None] | None, band_bytes: int) -> int:
-    """One pass; returns the bytes read. All threads have ended when it returns or raises."""
-    pass_ = Pass(lanes, band_bytes)
+def default_jobs() -> int:
+    """Bands to solve at once when nobody says how many: one a core, MOST_JOBS at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_JOBS, cores)
+
+
+def run_pass(lanes: Sequence[Lane], progress: Callable[[Progress], None] | None, band_bytes: int, jobs: int) -> int:
+    """One pass; returns the bytes read. All threads have ended when it returns or raises.
+
+    jobs: solver threads on a CPU. At most jobs + 1 bands are being read or solved, and as many hashed and written.
+    """
+    pass_ = Pass(lanes, band_bytes, jobs)
     try:
         return pass_.run(progress)
     finally:
@@ -66,36 +75,41 @@ class _Product:
         self.sha = [hashlib.sha256() for _ in plan.stored()]
         self.rest: list[list[memoryview]] = [[] for _ in plan.stored()[1:]]  # bands of scales, of biases
 
-    def hash(self, part: int, pieces: list[memoryview]) -> None:
-        for piece in pieces:
-            self.sha[part].update(piece)
-
-    def digests(self) -> tuple[str, ...]:
+    def hash(self, parts: list[list[memoryview]]) -> tuple[str, ...]:
+        """Take in the next bytes of each stored tensor; returns the hashes so far."""
+        for sha, pieces in zip(self.sha, parts, strict=False):
+            for piece in pieces:
+                sha.update(piece)
         return tuple(h.hexdigest() for h in self.sha)
 
 
 @dataclass
 class _Band:
-    """Rows [start, stop) of a target in flight; `source` of the last one is the sha256 of the target's source bytes."""
+    """Rows [start, stop) of a target in flight; `source` of the last one is the sha256 of the target's source bytes.
+
+    solved: products that were solved in one task, with the bytes of each (as `_solve` returns them).
+    """
 
     target: Target
     start: int
     stop: int
     last: bool
     products: list[_Product]
-    raw: Future[tuple[np.ndarray, str]]
+    raw: Future[np.ndarray]
+    source: Future[str]
     prepared: dict[tuple[str, str], Future[mx.array]] = field(default_factory=dict)
-    solved: list[Future[list[memoryview]]] = field(default_factory=list)
+    solved: list[tuple[list[_Product], Future[list[list[memoryview]]]]] = field(default_factory=list)
 
 
 class Pass:
     """Threads and queues of one pass over the source."""
 
-    def __init__(self, lanes: Sequence[Lane], band_bytes: int) -> None:
-        self.lanes, self.band_bytes = lanes, band_bytes
+    def __init__(self, lanes: Sequence[Lane], band_bytes: int, jobs: int) -> None:
+        self.lanes, self.band_bytes, self.ahead = lanes, band_bytes, jobs + 1
         self._streams = local()
         self.reader = ThreadPoolExecutor(1, "read")
-        self.solvers = ThreadPoolExecutor(WORKERS, "solve", self._own_stream)
+        self.checker = ThreadPoolExecutor(1, "check")
+        self.solvers = ThreadPoolExecutor(jobs if BACKEND == "cpu" else 1, "solve", self._own_stream)
         self.hashers = [ThreadPoolExecutor(1, f"hash{i}") for i in range(2)]
         self.writers = {id(lane): ThreadPoolExecutor(1, f"write-{lane.job.variant}") for lane in lanes}
         self.source_sha: Any = None
@@ -105,7 +119,7 @@ class Pass:
         self._streams.stream = mx.new_stream(mx.default_device())
 
     def shut(self) -> None:
-        pools = [self.reader, self.solvers, *self.hashers, *self.writers.values()]
+        pools = [self.reader, self.checker, self.solvers, *self.hashers, *self.writers.values()]
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
         for pool in pools:
@@ -134,9 +148,9 @@ class Pass:
             nonlocal done
             band = flying.popleft()
             writing.append(self._land(band, kept))
-            if len(writing) >= LOOKAHEAD:
+            if len(writing) >= self.ahead:
                 _wait(writing.popleft())
-            done += band.raw.result()[0].nbytes
+            done += band.raw.result().nbytes
             if progress:
                 progress(Progress(band.target.name, done, total))
 
@@ -146,7 +160,7 @@ class Pass:
                 if flying:
                     self._solve_all(flying[-1])  # after this band's reading and folding, so that no solver waits for it
                 flying.append(band)
-                if len(flying) > LOOKAHEAD:
+                if len(flying) > self.ahead:
                     land()
         if flying:
             self._solve_all(flying[-1])
@@ -197,39 +211,48 @@ class Pass:
         """Start reading and folding, band after band."""
         rows = target.shape[0] if target.shape else 1
         for start, stop in row_bands(target.source, self.band_bytes):
-            raw = self.reader.submit(self._read, target, start, stop, stop == rows)
-            band = _Band(target, start, stop, stop == rows, products, raw)
+            raw = self.reader.submit(self._read, target, start, stop)
+            source = self.checker.submit(self._check, raw, target, start == 0, stop == rows)
+            band = _Band(target, start, stop, stop == rows, products, raw, source)
             for p in products:
                 form = (p.key.dtype, p.key.fold)
-                if not _copies(p) and form not in band.prepared:
+                if not _as_it_is(p) and form not in band.prepared:
                     band.prepared[form] = self.solvers.submit(self._prepare, raw, p.plan.target, p.fold, start, stop)
             yield band
 
     def _solve_all(self, band: _Band) -> None:
+        together: dict[tuple[str, str, int], list[_Product]] = {}
         for p in band.products:
             if _copies(p):
-                band.solved.append(self.solvers.submit(_copy, band.raw))
+                band.solved.append(([p], self.solvers.submit(_copy, band.raw)))
+            elif p.key.spec and _together(p):
+                together.setdefault((p.key.dtype, p.key.fold, p.key.spec.group_size), []).append(p)
             else:
                 prepared = band.prepared[p.key.dtype, p.key.fold]
-                band.solved.append(self.solvers.submit(self._solve, prepared, p, band.start, band.stop))
+                band.solved.append(([p], self.solvers.submit(self._solve, prepared, p, band.start, band.stop)))
+        for (dtype, fold, _), products in together.items():
+            weights = band.prepared.get((dtype, fold), band.raw)
+            band.solved.append((products, self.solvers.submit(self._solve_together, weights, products)))
 
-    def _read(self, target: Target, start: int, stop: int, last: bool) -> tuple[np.ndarray, str]:
-        """One band of the source, hashed, checked for values that are not finite. On the reader's thread, in order."""
-        if start == 0:
-            self.source_sha = hashlib.sha256()
+    def _read(self, target: Target, start: int, stop: int) -> np.ndarray:
         raw = read_band(target, start, stop)
-        self.source_sha.update(_bytes(raw))
         self.read += raw.nbytes
-        if not _finite(raw, target.source.dtype):
-            raise CheckpointError(f"{target.source.file.name}: {target.source.name} holds values that are not finite")
-        return raw, self.source_sha.hexdigest() if last else ""
+        return raw
 
-    def _prepare(
-        self, raw: Future[tuple[np.ndarray, str]], target: Target, fold: Fold | None, start: int, stop: int
-    ) -> mx.array:
+    def _check(self, raw: Future[np.ndarray], target: Target, first: bool, last: bool) -> str:
+        """Hash a band of the source; refuse values that are not finite. On the checker's thread, in order."""
+        if first:
+            self.source_sha = hashlib.sha256()
+        values = raw.result()
+        self.source_sha.update(_bytes(values))
+        if not _finite(values, target.source.dtype):
+            raise CheckpointError(f"{target.source.file.name}: {target.source.name} holds values that are not finite")
+        return self.source_sha.hexdigest() if last else ""
+
+    def _prepare(self, raw: Future[np.ndarray], target: Target, fold: Fold | None, start: int, stop: int) -> mx.array:
         """A band in the type that is stored: 1 + w and the fold in float32, rounded once."""
         with mx.stream(self._streams.stream):
-            x = mx.array(raw.result()[0])
+            x = mx.array(raw.result())
             if target.source.dtype == "BF16":
                 x = x.view(mx.bfloat16)
             if _changes(target, fold):
@@ -247,12 +270,12 @@ class Pass:
             mx.eval(x)
             return x
 
-    def _solve(self, prepared: Future[mx.array], product: _Product, start: int, stop: int) -> list[memoryview]:
-        """Bytes of one band: [values], or [codes, scales] and, if affine, biases."""
+    def _solve(self, prepared: Future[mx.array], product: _Product, start: int, stop: int) -> list[list[memoryview]]:
+        """Bytes of one band, of one product: [values], or [codes, scales] and, if affine, biases."""
         x = prepared.result()
         with mx.stream(self._streams.stream):
             if product.key.spec is None:
-                return [_view(x)]
+                return [[_view(x)]]
             known = None
             if product.moments is not None:
                 columns = product.fold.columns if product.fold is not None else None
@@ -260,26 +283,37 @@ class Pass:
                 hessian = SOLVERS[product.key.solver].uses_hessian
                 known = product.moments.moments(product.plan.target.module, rows, columns, hessian)
             packed = solve(x, known, product.key.spec, product.key.solver)
-            return [_view(p) for p in (packed.codes, packed.scales, packed.biases) if p is not None]
+            return [[_view(p) for p in (packed.codes, packed.scales, packed.biases) if p is not None]]
+
+    def _solve_together(self, weights: Future[Any], products: Sequence[_Product]) -> list[list[memoryview]]:
+        """Bytes of one band for each of the products, which differ in width alone. weights: as for `solve_together`."""
+        x, specs = weights.result(), [p.key.spec for p in products if p.key.spec]
+        with mx.stream(self._streams.stream):
+            return [[_view(part) for part in packed] for packed in solve_together(x, specs)]
 
     def _land(self, band: _Band, kept: dict[str, str]) -> list[Future[Any]]:
         """Hand one solved band to the threads that hash and write it."""
-        _, source = band.raw.result()
+        source = band.source.result()
         if band.last and kept.setdefault(band.target.name, source) != source:
             raise SourceChanged
         batch: list[Future[Any]] = []
-        for i, (product, solved) in enumerate(zip(band.products, band.solved, strict=True)):
-            hasher = self.hashers[i % len(self.hashers)]
-            codes, *rest = solved.result()
+        solved = [
+            (p, parts) for products, done in band.solved for p, parts in zip(products, done.result(), strict=True)
+        ]
+        for i, (product, (codes, *rest)) in enumerate(solved):
             for pieces, piece in zip(product.rest, rest, strict=True):
                 pieces.append(piece)
             parts = [[codes], *(product.rest if band.last else [])]
-            batch += [hasher.submit(product.hash, part, pieces) for part, pieces in enumerate(parts)]
-            digests = hasher.submit(product.digests) if band.last else None
+            if _copies(product):  # its bytes are the source's
+                digests: Future[tuple[str, ...]] = Future()
+                digests.set_result((source,))
+            else:
+                digests = self.hashers[i % len(self.hashers)].submit(product.hash, parts)
+                batch.append(digests)
             for lane in product.lanes:
                 writer = self.writers[id(lane)]
-                batch += [writer.submit(lane.write, band.target, part, pieces) for part, pieces in enumerate(parts)]
-                if digests is not None:
+                batch.append(writer.submit(lane.write, band.target, parts))
+                if band.last:
                     batch.append(writer.submit(lane.commit, band.target, source, digests))
         return batch
 
@@ -289,21 +323,35 @@ def _changes(target: Target, fold: Fold | None) -> bool:
     return target.op == "plus_one" or fold is not None or target.dtype != target.source.dtype
 
 
+def _changed(product: _Product) -> bool:
+    return _changes(product.plan.target, product.fold)
+
+
 def _copies(product: _Product) -> bool:
-    return product.key.spec is None and not _changes(product.plan.target, product.fold)
+    return product.key.spec is None and not _changed(product)
 
 
-def _copy(raw: Future[tuple[np.ndarray, str]]) -> list[memoryview]:
-    return [_bytes(raw.result()[0])]
+def _copy(raw: Future[np.ndarray]) -> list[list[memoryview]]:
+    return [[_bytes(raw.result())]]
+
+
+def _together(product: _Product) -> bool:
+    spec = product.key.spec
+    return spec is not None and nearest_together(product.key.dtype, spec, product.key.solver)
+
+
+def _as_it_is(product: _Product) -> bool:
+    """Whether a product is made of the source's bytes, and needs no array of MLX."""
+    return _copies(product) or (BACKEND == "cpu" and _together(product) and not _changed(product))
 
 
 def _bytes(x: np.ndarray) -> memoryview:
     return np.ascontiguousarray(x).data.cast("B")
 
 
-def _view(x: mx.array) -> memoryview:
+def _view(x: mx.array | np.ndarray) -> memoryview:
     """The bytes of an array, without a copy; the view keeps the array alive."""
-    bits: Any = x.view(mx.uint16) if x.dtype == mx.bfloat16 else x
+    bits: Any = x.view(mx.uint16) if isinstance(x, mx.array) and x.dtype == mx.bfloat16 else x
     return memoryview(bits).cast("B")
 
 

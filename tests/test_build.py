@@ -17,8 +17,10 @@ import engine_checkpoints
 import pytest
 from conftest import EXAMPLE, PUBLISH, edit, environment, own_base, write_ladder
 
+import quant.convert
 from inference.errors import ResourceError
 from publisher.variants import load_project
+from quant.stream import default_jobs
 
 IDS = ["Q2_K_XL", "Q3_K_XL", "Q4_K_XL", "Q5_K_XL", "Q6_K_XL", "Q8_K_XL"]
 CURRENT = {id: {} for id in IDS}  # as `stale` gives it
@@ -314,6 +316,20 @@ def test_a_mixture_of_experts_builds_and_passes(tmp_path, publish, monkeypatch, 
         assert smoke["passed"] is True
         assert 0 < smoke["kld"] < smoke["ceiling"]
         assert json.loads(result(tmp_path, id, "bench").read_text())["variant"]["decode_tps"]["median"] > 0
+
+
+def test_jobs_reach_the_pass_and_must_be_at_least_one(tmp_path, publish, monkeypatch):
+    write_ladder(tmp_path, "base: {path: model, name: tiny}\nvariants: {Q4: {bits: 4}}\n")
+    asked = []
+    run_pass = quant.convert.run_pass
+    monkeypatch.setattr(quant.convert, "run_pass", lambda *a: (asked.append(a[-1]), run_pass(*a))[1])
+    skip = ("--skip", "smoke", "--skip", "bench", "--skip", "card")
+    ran = publish("build", "Q4", "--jobs", "0", *skip, cwd=tmp_path)
+    assert ran.code == 2
+    assert "--jobs" in ran.err
+    publish("build", "Q4", "--jobs", "5", *skip, cwd=tmp_path).ok()
+    publish("build", "Q4", "--force", *skip, cwd=tmp_path).ok()
+    assert asked == [5, default_jobs()]
 
 
 # ------------------------------------------------------------------------------------------------ kills

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 import weakref
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +25,7 @@ from quant import solve as solve_module
 from quant import stream
 from quant.convert import convert, finish
 from quant.folder import weights_hash
+from quant.job import Lane
 from quant.moments import FromImportance
 from quant.shards import plan_layout
 from quant.source import source_hash_of
@@ -108,15 +111,47 @@ def test_a_variant_has_the_same_bytes_alone_or_in_a_ladder_and_in_bands_of_any_s
         assert single.files == done.files
 
 
-def test_a_ladder_solves_equal_formats_once_and_reads_the_source_once(tiny, tmp_path, monkeypatch):
-    solved = []
-    solve = stream.solve
-    monkeypatch.setattr(stream, "solve", lambda *a: solved.append(1) or solve(*a))
-    jobs = [job(tiny, tmp_path / str(i), bits) for i, bits in enumerate((4, 4, 5))]
+def test_a_ladder_computes_what_variants_share_once_and_reads_the_source_once(tiny, tmp_path, monkeypatch):
+    """Equal formats, the 8-bit tensors of a recipe, bf16 tensors and folded ones, across recipes and group sizes."""
+    solved, hashed, read = Counter(), Counter(), Counter()
+    together, read_band = stream.solve_together, stream.read_band
+    hash_ = stream._Product.hash
+
+    def solve(weights, specs):
+        solved[weights.shape] += len(specs)
+        return together(weights, specs)
+
+    monkeypatch.setattr(stream, "solve_together", solve)
+    monkeypatch.setattr(stream, "solve", lambda *_: pytest.fail("rtn on a CPU is solved together"))
+    monkeypatch.setattr(stream._Product, "hash", lambda p, parts: (hashed.update([p.key]), hash_(p, parts))[1])
+    monkeypatch.setattr(
+        stream, "read_band", lambda t, *rows: (read.update([(t.source.name, t.op)]), read_band(t, *rows))[1]
+    )
+    jobs = [
+        *(job(tiny, tmp_path / str(i), bits) for i, bits in enumerate((4, 4, 5, 8))),
+        job(tiny, tmp_path / "uniform", 8, recipe="uniform"),
+        *(job(tiny, tmp_path / f"awq{bits}", bits, imatrix=TINY_IMATRIX) for bits in (4, 5)),
+    ]
     done = convert(jobs)
-    specs = {(p.target.name, p.spec) for j in jobs for p in j.plans if p.spec}
-    assert len(solved) == len(specs)
+    matrices = {(p.target.name, p.spec, fold_of(j, p)): p.target.shape for j in jobs for p in j.plans if p.spec}
+    assert solved == Counter(matrices.values())
+    assert len(matrices) < sum(bool(p.spec) for j in jobs for p in j.plans) / 2
+    changed = {(p.target.name, fold_of(j, p)) for j in jobs for p in j.plans if not p.spec and changes(j, p)}
+    assert hashed.total() == len(matrices) + len(changed)  # where bytes are the source's, so is their hash
+    assert set(read.values()) == {1}
     assert done[0].bytes_read == sum(t.nbytes for t in read_checkpoint(tiny).tensors.values())
+    for lane in done:
+        for name, _, _, sha in lane.tensors[:20] + lane.tensors[-20:]:
+            assert hashlib.sha256(read_checkpoint(lane.folder).tensors[name].read()).hexdigest() == sha
+
+
+def fold_of(j, plan):
+    return j.folds[plan.target.name].digest() if plan.target.name in j.folds else ""
+
+
+def changes(j, plan):
+    target = plan.target
+    return target.op == "plus_one" or target.name in j.folds or target.dtype != target.source.dtype
 
 
 def test_memory_holds_the_weights_in_flight_and_none_that_are_written(tiny, tmp_path, monkeypatch):
@@ -127,11 +162,66 @@ def test_memory_holds_the_weights_in_flight_and_none_that_are_written(tiny, tmp_
     read = stream.read_band
     monkeypatch.setattr(stream, "read_band", lambda *a: reads.append(read(*a).nbytes) or read(*a))
     jobs = ladder(tiny, tmp_path)
-    convert(jobs, lambda _: held.append(sum(any(p.rest) for p in alive)), BAND)
-    bands = 2 * stream.LOOKAHEAD + 2  # in solving and in writing
+    convert(jobs, lambda _: held.append(sum(any(p.rest) for p in alive)), BAND, at_once=2)
+    bands = 2 * 3 + 2  # in solving and in writing
     assert 0 < max(held) <= bands * len(jobs)
     row = max(t.nbytes // t.shape[0] for t in read_checkpoint(tiny).tensors.values())
     assert max(reads) <= max(BAND, row)
+
+
+def test_the_way_of_a_gpu_leaves_the_same_bytes(tiny, tmp_path, monkeypatch):
+    """Its order of work (arrays of MLX, one solver, one evaluation a band), here on a CPU."""
+    expected = convert(ladder(tiny, tmp_path / "cpu"))
+    monkeypatch.setattr(stream, "BACKEND", "cuda")
+    monkeypatch.setattr(solve_module, "BACKEND", "cuda")
+    monkeypatch.setattr("quant.nearest.quantize", lambda *_: pytest.fail("for CPUs"))
+    for done, known in zip(convert(ladder(tiny, tmp_path / "gpu"), band_bytes=BAND), expected, strict=True):
+        assert contents(done.folder) == contents(known.folder)
+
+
+def test_jobs_bound_what_is_solved_at_once_and_held_and_change_no_byte(tiny, tmp_path, monkeypatch):
+    solve, read, write = stream.solve_together, stream.read_band, Lane.write
+    lock, meet = threading.Lock(), threading.Barrier(3)
+    busy, most, alive, held = [], [], weakref.WeakSet(), []
+
+    class Band(np.ndarray):  # a plain array cannot be in a set
+        __hash__ = object.__hash__
+
+    def counting_read(*args):
+        band = read(*args).view(Band)
+        with lock:
+            alive.add(band)
+            held.append(len(alive))
+        return band
+
+    def counting_solve(*args):
+        with lock:
+            busy.append(1)
+            most.append(len(busy))
+        if len(most) <= 3 and jobs == 3:
+            meet.wait(30)  # broken, and so an error, unless three come
+        out = solve(*args)
+        with lock:
+            busy.pop()
+        return out
+
+    def slow_write(*args):
+        time.sleep(0.001)  # the disk is what everything waits for
+        write(*args)
+
+    monkeypatch.setattr(stream, "read_band", counting_read)
+    monkeypatch.setattr(stream, "solve_together", counting_solve)
+    monkeypatch.setattr(Lane, "write", slow_write)
+    seen = {}
+    for jobs in (1, 3):
+        most.clear()
+        held.clear()
+        done = convert(ladder(tiny, tmp_path / str(jobs)), band_bytes=BAND, at_once=jobs)
+        seen[jobs] = (max(most), max(held), [contents(d.folder) for d in done])
+    assert (seen[1][0], seen[3][0]) == (1, 3)
+    assert seen[1][1] < seen[3][1]
+    assert seen[1][1] <= 2 * (1 + 1) + 2  # in solving, in writing, and one at each end
+    assert seen[1][2] == seen[3][2]
 
 
 def test_mlx_lm_and_the_engine_load_it_strictly_and_agree(built):
