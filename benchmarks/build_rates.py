@@ -40,13 +40,13 @@ from inference.checkpoint import ITEMSIZE, count, read_checkpoint
 from inference.families import names_of
 from quant import convert as convert_module
 from quant import nearest, qwen3_5
-from quant.awq import scalable
 from quant.builtin import BUILTIN
 from quant.convert import Job, convert
 from quant.job import Key, Lane
 from quant.recipe import TensorPlan, resolve
 from quant.shards import SHARD_BYTES, Record, ShardWriter
 from quant.stream import default_jobs
+from quant.tables import scalable
 
 HERE = Path(__file__).parent
 GROUP = 64

@@ -286,7 +286,7 @@ def _stage(there: Path, files: Path, entries: Sequence[FileEntry]) -> int:
     for source, target in todo:
         part = target.with_name(f".{target.name}{PART}")
         shutil.copyfile(source, part)
-        sync(part)
+        sync([part])
         os.replace(part, target)
     return copied + need
 
