@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WITHOUT_MLX = ("errors", "checkpoint", "layout", "families", "llama.names", "qwen3_5.names")
+WITHOUT_MLX = ("errors", "checkpoint", "layout", "families", "memory", "llama.names", "qwen3_5.names")
 FOREIGN = ("torch", "transformers", "mlx_lm", "huggingface_hub", "publisher", "quant")
 
 
