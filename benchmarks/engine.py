@@ -257,9 +257,11 @@ def alternate(
 ) -> dict[str, Stat]:
     """What `run` gives of each side, in turns; the first of each is the warm-up.
 
+    cpu_s: processor seconds of a whole run (for decode its prompt included), which other work on the machine changes least.
     A side whose backend cannot do it (mlx-lm's experts in bfloat16 on the CPU) has its error in place of figures.
     """
     values: dict[str, list[float]] = {s.name: [] for s in sides}
+    cpu: dict[str, list[float]] = {s.name: [] for s in sides}
     runs, failed = {}, {}
     for side in sides:
         try:
@@ -270,8 +272,13 @@ def alternate(
     for i in range(max(runs.values(), default=0)):
         for side in sides if i % 2 else reversed(sides):
             if i < runs.get(side.name, 0):
+                started = time.process_time()
                 values[side.name].append(run(side))
-    return {name: failed[name] if name in failed else stat(v) for name, v in values.items()}
+                cpu[side.name].append(time.process_time() - started)
+    return {
+        name: failed[name] if name in failed else {**stat(v), "cpu_s": round(statistics.median(cpu[name]), 3)}
+        for name, v in values.items()
+    }
 
 
 def stat(values: list[float]) -> Stat:
@@ -391,7 +398,7 @@ def show(model: dict[str, Any]) -> None:
     for name, row in rows:
         text = [
             f"{side} {s['error']}" if "error" in s
-            else f"{side} {s['median']:.5g} ({s['low']:.5g} to {s['high']:.5g}, {s['runs']} runs"
+            else f"{side} {s['median']:.5g} ({s['low']:.5g} to {s['high']:.5g}, {s['runs']} runs, {s['cpu_s']} CPU s"
             + (f", {s['share']:.1%} of the limit)" if "share" in s else ")")
             for side, s in row.items()
         ]  # fmt: skip

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import memory
 from .backend import BACKEND, compute_dtype, memory_limit, mx
 from .cache import Cache
 from .checkpoint import FLOATS, ITEMSIZE, Checkpoint, QuantSpec, read_checkpoint, read_quantization
@@ -26,10 +27,10 @@ from .errors import CheckpointError, ResourceError
 from .families import family_of, names_of
 from .layout import Target, read_band
 from .linear import Dense, Linear, Packed
+from .memory import CUDA_PREFILL_STEP, Need
 from .tokenizer import Tokenizer
 
-# Tokens per piece of a long forward pass, which bounds its memory: at 9B on an H100, 2048 run twice as fast as 512
-PREFILL_STEP = 512 if BACKEND == "cpu" else 2048
+PREFILL_STEP = CUDA_PREFILL_STEP if BACKEND == "cuda" else memory.PREFILL_STEP
 DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
@@ -76,21 +77,21 @@ class Model:
         return Tokenizer.load(self.folder)
 
 
-def load(folder: Path | str, compute: mx.Dtype | None = None) -> Model:
+def load(folder: Path | str, compute: mx.Dtype | None = None, *, context: int = PREFILL_STEP) -> Model:
     """Check and load a checkpoint folder.
+
+    context: tokens, prompt and answer together, that are to fit into memory beside the weights.
 
     compute: the type to compute in, by default that of `backend.compute_dtype`; mx.float32 widens every floating-point
     tensor, scales and biases of packed weights too.
 
-    Raises CheckpointError if anything in it is missing, superfluous, mis-shaped or unknown, ResourceError if the
-    weights would not fit into memory.
+    Raises CheckpointError if anything in it is missing, superfluous, mis-shaped or unknown, ResourceError if weights,
+    caches and the workspace of prefill would not fit into memory; nothing is read then.
     """
     weights = Weights(Path(folder), compute)
-    limit = memory_limit()
-    if weights.nbytes > limit:
-        raise ResourceError(
-            f"{weights.folder.name}: the weights need {weights.nbytes / 1e9:.3g} GB, usable are {limit / 1e9:.3g} GB"
-        )
+    limit, needed = memory_limit(), weights.need(context)
+    if needed.total > limit:
+        raise ResourceError(f"{weights.folder.name}: {needed}; usable are {limit / 1e9:.3g} GB")
     if BACKEND == "metal":
         mx.set_wired_limit(limit)  # weights stay resident between tokens
     family = _family(weights.raw_config)
@@ -155,6 +156,11 @@ class Weights:
     def dtype(self) -> mx.Dtype:
         """The type to compute in."""
         return self._dtype
+
+    def need(self, context: int) -> Need:
+        """Memory for the whole model and one sequence of `context` tokens."""
+        name = next(name for name, dtype in DTYPES.items() if dtype == self._dtype)
+        return memory.need(self.raw_config, context, name, self.nbytes, PREFILL_STEP)
 
     def head(self) -> Linear:
         """The output matrix."""

@@ -2,7 +2,8 @@
 
 The protocol of the reference cards: decode is the steady state of the last turn, when the caches hold the whole chat.
 Greedy, and stop tokens are ignored, so that every model generates the same number of tokens. One warm-up run is thrown
-away; of the others median, lowest and highest are kept.
+away; of the others median, lowest and highest are kept. Memory is measured in the warm-up run, since emptying the
+allocator's cache between prefill and decode would cost time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from inference.backend import device_info, mx, peak_memory, reset_peak_memory
@@ -21,6 +23,8 @@ from . import __version__
 from .protocol import CHAT
 from .schema import BenchSpec, Device, Speed, Stat
 
+QUESTION = 64  # tokens of a question and what the template puts around a turn, generously
+
 
 def measure(
     model: Model, spec: BenchSpec, text: str, tick: Callable[[int, int], None] = lambda done, total: None
@@ -31,10 +35,11 @@ def measure(
     """
     reset_peak_memory()
     decode, ttft = [], []
+    memory = _Memory()
     prefill: dict[int, list[float]] = {n: [] for n in spec.prefill if n < model.config.max_position_embeddings}
     ids = model.tokenizer.encode(text)
     for run in range(spec.runs + 1):
-        last = _chat(model, spec)
+        last = _chat(model, spec, None if run else memory)
         speeds = {n: _prefill(model, ids, n) for n in prefill}
         tick(run + 1, spec.runs + 1)
         if run:
@@ -47,8 +52,15 @@ def measure(
         decode_tps=_stat(decode),
         prefill_tps={n: s for n, v in prefill.items() if (s := _stat(v))},
         ttft_s=_stat(ttft),
-        peak_gb=round(peak_memory() / 1e9, 3),
+        peak_gb=_gb(max(memory.peak, peak_memory())),
+        decode_peak_gb=_gb(memory.decode),
+        held_gb=_gb(memory.held),
     )
+
+
+def context(spec: BenchSpec) -> int:
+    """Tokens that the protocol needs room for, about: of the longest prompt, or of the whole chat."""
+    return max(*spec.prefill, spec.turns * (spec.turn_tokens + QUESTION))
 
 
 def device() -> Device:
@@ -64,8 +76,17 @@ def device() -> Device:
     )
 
 
-def _chat(model: Model, spec: BenchSpec) -> Token:
-    """The last token of the last turn."""
+@dataclass
+class _Memory:
+    """Bytes. peak: before the last turn's decode; decode: most during it; held: weights and caches when it ends."""
+
+    peak: int = 0
+    decode: int = 0
+    held: int = 0
+
+
+def _chat(model: Model, spec: BenchSpec, memory: _Memory | None) -> Token:
+    """The last token of the last turn. memory: is filled in, where it is to be measured."""
     tokenizer, cache = model.tokenizer, model.make_cache()
     messages: list[dict[str, Any]] = []
     plain = ""
@@ -91,7 +112,13 @@ def _chat(model: Model, spec: BenchSpec) -> Token:
         for token in generate(
             model, prompt, max_tokens=spec.turn_tokens, sampling=Sampling(), stop=(), cache=cache, checkpoint_at=shared
         ):
+            if memory and len(answer) == 0:
+                memory.peak = max(memory.peak, peak_memory())
+                reset_peak_memory()
             answer.append(token.text)
+        if memory:
+            memory.decode, memory.held = peak_memory(), model.nbytes + cache.nbytes
+            memory.peak = max(memory.peak, memory.decode)
         messages.append({"role": "assistant", "content": "".join(answer)})
         plain += "".join(answer) + "\n"
     assert token is not None
@@ -105,6 +132,10 @@ def _prefill(model: Model, ids: Sequence[int], length: int) -> float:
     start = time.perf_counter()
     mx.eval(model.forward(tokens, cache, last_only=True), cache.arrays())
     return length / (time.perf_counter() - start)
+
+
+def _gb(nbytes: int) -> float:
+    return round(nbytes / 1e9, 3)
 
 
 def _stat(values: list[float]) -> Stat | None:

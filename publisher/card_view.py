@@ -358,6 +358,9 @@ def _speed_rows(v: Variant) -> Iterable[SpeedRow]:
         yield SpeedRow(f"Prefill, {n} tokens (tok/s)", *prefill)
     yield SpeedRow(f"Time to first token, {last}", *(fmt.stat(s.ttft_s, _why(s), fmt.seconds) for s in pair))
     yield SpeedRow("Peak memory", *(fmt.number(s.peak_gb, _why(s), fmt.gigabytes) for s in pair))
+    if any(s.decode_peak_gb is not None for s in pair):
+        in_decode = (fmt.number(s.decode_peak_gb, _why(s), fmt.gigabytes) for s in pair)
+        yield SpeedRow(f"Peak memory in decode, {last}", *in_decode)
 
 
 def _why(s: Speed) -> str:

@@ -14,9 +14,10 @@ from inference.backend import compute_dtype, mx
 from inference.errors import CheckpointError, ResourceError
 from inference.families import names_of
 from inference.load import DTYPES, Model, load
+from inference.memory import PREFILL_STEP
 
 from .base import ResolvedBase
-from .bench import device, measure
+from .bench import context, device, measure
 from .protocol import BENCH_VERSION, SMOKE_VERSION, bench_settings, ceiling, smoke_settings, smoke_text
 from .report import Report
 from .schema import Bench, Device, Manifest, Smoke, Speed
@@ -72,7 +73,11 @@ def measure_all(
                 if smoked.passed:
                     passed(id)
             if want.bench and (smoked is None or smoked.passed):
-                with quiet(), _model(project, id) as model, report.bar(f"{id}: bench") as tick:
+                with (
+                    quiet(),
+                    _model(project, id, context(project.ladder.bench)) as model,
+                    report.bar(f"{id}: bench") as tick,
+                ):
                     speed = measure(model, project.ladder.bench, smoke_text(project), tick)
                 benched = _bench(project, want.manifest, speed, bf16, run)
         except CheckpointError as e:
@@ -153,7 +158,7 @@ def _base_row(
     speed = Speed(reason="bench was not asked for")
     ref = None
     try:
-        with _opened(base.folder) as model:
+        with _opened(base.folder, context(project.ladder.bench) if benching else PREFILL_STEP) as model:
             if benching:
                 with quiet(), report.bar("BF16: bench") as tick:
                     speed = measure(model, project.ladder.bench, smoke_text(project), tick)
@@ -170,10 +175,11 @@ def _base_row(
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[Model]:
-    """A loaded model that is gone, buffers and all, when the block ends. Raises MemoryError if MLX runs out of memory."""
+def _opened(folder: Path, tokens: int) -> Iterator[Model]:
+    """A loaded model that is gone, buffers and all, when the block ends. Raises MemoryError if MLX runs out of memory,
+    ResourceError if it has too little for the model and that many tokens."""
     try:
-        yield load(folder)
+        yield load(folder, context=tokens)
     except RuntimeError as e:  # what MLX raises when an allocation fails, on every backend
         if "alloc" not in str(e).lower() and "memory" not in str(e).lower():
             raise
@@ -183,8 +189,8 @@ def _opened(folder: Path) -> Iterator[Model]:
         mx.clear_cache()
 
 
-def _model(project: Project, id: str) -> AbstractContextManager[Model]:
-    return _opened(project.store.variant(id))
+def _model(project: Project, id: str, tokens: int = PREFILL_STEP) -> AbstractContextManager[Model]:
+    return _opened(project.store.variant(id), tokens)
 
 
 def _compute(base: ResolvedBase) -> str:

@@ -582,6 +582,8 @@ class Speed(File):
     prefill_tps: dict[int, Stat] = Field(default_factory=dict)  # by prompt length
     ttft_s: Stat | None = None
     peak_gb: float | None = None
+    decode_peak_gb: float | None = None  # most during the decode of the last turn; null in results of older versions
+    held_gb: float | None = None  # weights and caches at its end: what decode cannot do without
     reason: str | None = None
 
 

@@ -481,7 +481,7 @@ def results_text(project: Project, ids: Sequence[str], step: str) -> str:
         bench = Bench(**found[id]["bench"]) if found[id]["bench"] else None
         for name, speed in ((id, bench.variant), ("  BF16", bench.bf16)) if bench else ():
             if speed.decode_tps is None:
-                rows.append((name, "not measured", speed.reason or "", "", ""))
+                rows.append((name, "not measured", speed.reason or "", "", "", ""))
                 continue
             prefill = ", ".join(f"{s.median:.0f} at {n}" for n, s in sorted(speed.prefill_tps.items()))
             rows.append(
@@ -491,9 +491,11 @@ def results_text(project: Project, ids: Sequence[str], step: str) -> str:
                     prefill,
                     f"{speed.ttft_s.median:.3f}" if speed.ttft_s else "",
                     f"{speed.peak_gb:.3f}" if speed.peak_gb else "",
+                    f"{speed.decode_peak_gb:.3f}" if speed.decode_peak_gb else "",
                 )
             )
-    return table(("variant", "decode tok/s", "prefill tok/s", "TTFT s", "peak GB"), rows, right=(1, 3, 4))
+    titles = ("variant", "decode tok/s", "prefill tok/s", "TTFT s", "peak GB", "in decode GB")
+    return table(titles, rows, right=(1, 3, 4, 5))
 
 
 def cards_text(project: Project, ids: Sequence[str], changed: Iterable[str]) -> str:

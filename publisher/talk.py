@@ -11,6 +11,7 @@ from inference.checkpoint import read_json
 from inference.errors import InputError
 from inference.generate import Sampling, chat, generate
 from inference.load import Model, load
+from inference.memory import PREFILL_STEP
 
 from .prune import require_weights
 from .report import Report
@@ -63,8 +64,8 @@ def talk(
 ) -> list[dict[str, str]]:
     """One question, or a conversation until end of file; returns its turns. The caches stay, so that a turn prefills only
     what is new."""
-    model = load(folder)
     sampling, max_tokens = sampling_of(folder, given), given["max_tokens"]
+    model = load(folder, context=PREFILL_STEP + max_tokens)
     variables = {} if think is None else {"enable_thinking": think}
     if prompt is not None:
         answer = _answer(model, [], prompt, model.make_cache(), sampling, max_tokens, variables, echo)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from inference.backend import OLD_KERNELS
+
 ROOT = Path(__file__).parents[1]
-WITHOUT_MLX = ("errors", "checkpoint", "layout", "families", "llama.names", "qwen3_5.names")
+WITHOUT_MLX = ("errors", "checkpoint", "layout", "families", "memory", "llama.names", "qwen3_5.names")
 FOREIGN = ("torch", "transformers", "mlx_lm", "huggingface_hub", "publisher", "quant")
 
 
@@ -40,6 +42,21 @@ def test_only_backend_imports_mlx():
 def test_a_blas_that_does_not_load_is_one_line():
     line = run("import inference.backend", PUBLISH_BLAS="/nowhere/libblas.so")
     assert line.startswith("inference.errors.InputError: PUBLISH_BLAS=/nowhere/libblas.so: cannot be loaded")
+
+
+AVX2 = sys.platform.startswith("linux") and " avx2 " in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not AVX2, reason="a processor that has no newer kernels")
+def test_openblas_uses_the_vector_units_of_a_processor_that_it_does_not_know():
+    """Told of the oldest kernels, OpenBLAS obeys; left to itself it never ends up with them."""
+    product = "mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))"
+    code = f"from inference.backend import device_info, mx; {product}; print(device_info().blas)"
+    told = run(code, OPENBLAS_CORETYPE="Prescott")
+    if "kernels" not in told:
+        pytest.skip("no OpenBLAS here")
+    assert told.endswith("Prescott kernels")
+    assert not run(code).endswith(tuple(f" {old} kernels" for old in OLD_KERNELS))
 
 
 def test_missing_mlx_is_one_line(tmp_path):

@@ -79,7 +79,7 @@ LIGHT = {
         "show",
     ),
     "quant": ("recipe", "builtin", "llama", "qwen3_5", "source", "version", "folder", "shards"),
-    "inference": ("errors", "checkpoint", "layout", "families", "llama.names", "qwen3_5.names"),
+    "inference": ("errors", "checkpoint", "layout", "families", "memory", "llama.names", "qwen3_5.names"),
 }
 
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
