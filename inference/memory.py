@@ -59,8 +59,8 @@ def need(
 ) -> Need:
     """config: the whole config.json. compute: safetensors name of the type to compute in, the model's own if None.
 
-    step: tokens of a prompt that run at once. weights: their bytes where they are known (from headers); else what the config says. Raises CheckpointError as
-    `read_config` does.
+    step: tokens of a prompt that run at once. weights: their bytes where they are known (from headers); else what the config
+    says. Raises CheckpointError as `read_config` does.
     """
     cfg = names_of(config).read_config(config)
     compute = compute or str(cfg.dtype)

@@ -66,7 +66,9 @@ def test_a_prompt_stays_within_weights_caches_and_the_stated_workspace(kind, fol
         above = peak_memory() - before
         assert held.nbytes == need.caches
         assert above <= need.caches + need.workspace, tokens
-        assert need.workspace < 16 * (above - held.nbytes), f"{tokens}: the bound says nothing"
+        # of experts it holds for any routing, of which even is the least
+        loose = 32 if "moe" in kind else 16
+        assert need.workspace < loose * (above - held.nbytes), f"{tokens}: the bound says nothing"
 
 
 @pytest.mark.parametrize("kind", ["base", "4 bits", "moe"])
