@@ -4,9 +4,10 @@
 
 Every build runs in a process of its own, the two sides in turn, `--runs` times. wall_s runs from after its imports to
 the last byte written, process_s is the whole process as a person waits for it, cpu_s its CPU time without the imports;
-the peak is the process's. mlx-lm gets a predicate with the very formats of the plan. The ladder does more: it also
-writes vision tower and MTP head, hashes the source, every tensor and every file, and waits until all of it is on the
-disk (fsync); mlx-lm does none of that. Outputs are removed as soon as they are measured, so that the disk holds one
+the peak is the process's. mlx-lm gets a predicate with the very formats of the plan. Both
+write the language model alone, as mlx-lm leaves out vision tower and MTP head; `--whole` has the ladder write these,
+too. The ladder also hashes the source, every tensor and every file, and waits until all of it is on the disk (fsync);
+mlx-lm does not. Outputs are removed as soon as they are measured, so that the disk holds one
 ladder at most. The file is written after every build, so that a run that is cut short keeps what it has.
 """
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("ladder-work"))
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", choices=("ours", "theirs"), help=argparse.SUPPRESS)
@@ -55,7 +57,7 @@ def main() -> None:
     bits = [int(b) for b in args.bits.split(",")]
     if args.child:
         result = (
-            ours(args.model, args.work, bits, args.imatrix)
+            ours(args.model, args.work, bits, args.imatrix, args.whole)
             if args.child == "ours"
             else theirs(args.model, args.work, bits[0])
         )
@@ -73,6 +75,7 @@ def compare(args: argparse.Namespace, bits: list[int]) -> dict[str, Any]:
         "model": args.model.name,
         "params": sum(t.nbytes for t in read_checkpoint(args.model).tensors.values()) // 2,
         "recipe": RECIPE, "group_size": GROUP, "bits": bits, "awq": args.imatrix is not None,
+        "ladder_writes": "vision tower and MTP head, too" if args.whole else "what mlx-lm writes",
         "device": asdict(device_info()), "cores": os.cpu_count(), "mlx_lm": version("mlx-lm"), "runs": [],
     }  # fmt: skip
     for _ in range(args.runs):
@@ -118,6 +121,7 @@ def child(which: str, args: argparse.Namespace, bits: str) -> dict[str, Any]:
         bits,
     ]
     command += ["--child", which] + (["--imatrix", str(args.imatrix)] if args.imatrix else [])
+    command += ["--whole"] if args.whole else []
     load = round(os.getloadavg()[0], 2)
     started = time.perf_counter()
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -135,13 +139,13 @@ def plans_of(model: Path, bits: int, awq: bool) -> list[TensorPlan]:
     return resolve(BUILTIN[RECIPE], bits, GROUP, targets, qwen3_5.CLASSES, scalable(qwen3_5.AWQ_GROUPS), awq)
 
 
-def ours(model: Path, work: Path, bits: list[int], imatrix: Path | None) -> dict[str, Any]:
+def ours(model: Path, work: Path, bits: list[int], imatrix: Path | None, whole: bool) -> dict[str, Any]:
     started, cpu = time.perf_counter(), time.process_time()
     config = read_checkpoint(model).config
     statistics = read_imatrix(imatrix, config) if imatrix else None
     jobs = []
     for b in bits:
-        plans = plans_of(model, b, statistics is not None)
+        plans = [p for p in plans_of(model, b, statistics is not None) if whole or p.target.part == "text"]
         scales = folds(plans, statistics, 1.0, qwen3_5.AWQ_GROUPS) if statistics else {}
         jobs.append(Job(f"{b}bit", plans, work / "ours" / f".staging-{b}", model, config, scales))
     done = convert(jobs)
