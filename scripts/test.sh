@@ -7,5 +7,7 @@ set -eu
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 cd "$root"
 sh scripts/setup.sh test
+# a worker a core is enough: threads of a BLAS would wait for each other
+export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 [ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 exec "${PUBLISH_VENV:-.venv}/bin/python" -m pytest "$@"

@@ -586,10 +586,10 @@ def test_a_variant_that_does_not_fit_is_reported_and_not_condemned(ladder, publi
     real = engine.load
     reason = "the weights need 99.0 GB, usable are 16.0 GB"
 
-    def load(folder):
+    def load(folder, **how):
         if Path(folder).name == "Q4_K_XL":
             raise ResourceError(f"Q4_K_XL: {reason}")
-        return real(folder)
+        return real(folder, **how)
 
     monkeypatch.setattr("publisher.measure.load", load)
     result(ladder, "Q4_K_XL", "smoke").unlink()

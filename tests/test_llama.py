@@ -93,8 +93,8 @@ def test_streaming_layer_by_layer_gives_the_same_states(kind, bases, recorded):
     whole, short = hidden_states_streamed(bases[kind], batches, after_layer=seen.append)
     assert seen == [0, 1, 2]
     model = load(bases[kind])
-    assert mx.array_equal(whole, model.hidden(batches[0]))
-    assert mx.array_equal(short, model.hidden(batches[1]))
+    for streamed, tokens in ((whole, batches[0]), (short, batches[1])):  # a loaded model joins matrices of one input
+        assert mx.allclose(streamed, model.hidden(tokens), atol=1e-5)
     check(load_head(bases[kind])(whole), recorded, kind)
 
 

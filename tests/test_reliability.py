@@ -60,7 +60,7 @@ def test_every_fault_of_the_hub_is_described_and_every_example_parses():
 def test_the_crash_table_is_the_record():
     record = json.loads((TESTS.parent / "benchmarks/results/crash.json").read_text())
     assert record["kills"] == sum(sum(row["kills"].values()) for row in record["scenarios"]) >= 200
-    assert f"{record['kills']} kills" in TEXT
+    assert f"{record['kills']:,} kills" in TEXT
     for row in record["scenarios"]:
         assert f"| {row['scenario']} |" in TEXT
         assert row["failures"] == []
