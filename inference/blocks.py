@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
-from .backend import compiled, fused, mx
+from .backend import BACKEND, compiled, fused, mx
 from .cache import Cache, DeltaCache, KVCache
 from .linear import Linear, SameInput
 
 SCORE_BYTES = 256 << 20  # largest block of attention scores, where the backend has no fused kernel
+CPU_QUERIES = 64  # at most, of a block there: keys after its last query are not multiplied, and their exp not taken
 # From this many tokens on, a forward pass is computed as it is built, this many layers behind, so that the temporaries of
 # no more layers are there at once: at 9B and 2048 tokens on an H100, all 32 took 13 GB.
 EVALUATED_TOKENS, LAYERS_AHEAD = 64, 1
@@ -53,6 +54,8 @@ def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     b, heads, t, _ = q.shape
     s = k.shape[2]
     block = max(1, SCORE_BYTES // (4 * b * heads * s))
+    if BACKEND == "cpu":
+        block = min(block, CPU_QUERIES)
     out = []
     for i in range(0, t, block):
         end = min(t, i + block)

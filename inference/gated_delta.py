@@ -148,8 +148,7 @@ def chunked(
     beta = beta[..., None]
     since_start = mx.cumsum(g, axis=-1)  # G: log decay from the chunk's start to after token i, [B, Hv, N, C]
     lower = mx.tri(CHUNK, CHUNK, 0)
-    # of j's entry, at i ≥ j; elsewhere its exponent would be positive
-    decay = mx.exp(mx.where(lower > 0, since_start[..., :, None] - since_start[..., None, :], 0))
+    decay: mx.array = decays(g)  # type: ignore[assignment] - a custom function
 
     # key products are per key head, then shared by its value heads
     kk = _per_value_head(k @ k.swapaxes(-1, -2), heads)
@@ -190,6 +189,26 @@ def _by_transitions(
         before.append(state)
         state = mx.addmm(written[:, :, i], state, transition[:, :, i])
     return (q - qk @ reads) @ mx.stack(before, axis=2).swapaxes(-1, -2) + qk @ values, state
+
+
+@mx.custom_function
+def decays(g: mx.array) -> mx.array:
+    """What is left at token i of what token j wrote, exp(g_{j+1} + … + g_i), for i ≥ j; 1 above. [..., C] → [..., C, C].
+
+    On the CPU as running products: MLX's `exp` takes 25 ns a value there, twenty times a multiplication.
+    """
+    below = mx.tri(g.shape[-1], g.shape[-1], -1) > 0
+    if BACKEND == "cpu":
+        return mx.cumprod(mx.where(below, mx.exp(g)[..., :, None], 1), axis=-2)
+    since_start = mx.cumsum(g, axis=-1)
+    return mx.exp(mx.where(below, since_start[..., :, None] - since_start[..., None, :], 0))
+
+
+@decays.vjp
+def _(g: mx.array, cotangent: mx.array, decay: mx.array) -> mx.array:
+    """Finite for gates that are shut, where a running product's own derivative divides by 0."""
+    c = cotangent * decay * mx.tri(g.shape[-1], g.shape[-1], -1)
+    return mx.cumsum(c.sum(axis=-1) - c.sum(axis=-2), axis=-1, reverse=True)
 
 
 @mx.custom_function

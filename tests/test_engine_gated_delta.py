@@ -73,6 +73,19 @@ def test_lapacks_inverse_is_the_blocks_and_has_its_derivative():
     assert mx.abs(got_a - expected_a).max().item() < 1e-4
 
 
+def test_decays_have_a_derivative_where_a_gate_is_shut():
+    g = mx.concatenate([-mx.random.uniform(shape=(2, gd.CHUNK - 1)), mx.full((2, 1), -500.0)], axis=-1)
+    cotangent = mx.random.normal((2, gd.CHUNK, gd.CHUNK)) * mx.tri(gd.CHUNK, gd.CHUNK, 0)
+
+    def written_out(g):
+        total = mx.cumsum(g, axis=-1)
+        return mx.exp(mx.where(mx.tri(gd.CHUNK, gd.CHUNK, 0) > 0, total[..., :, None] - total[..., None, :], 0))
+
+    got, expected = mx.vjp(gd.decays, [g], [cotangent]), mx.vjp(written_out, [g], [cotangent])
+    for a, b in zip(got, expected, strict=True):
+        assert mx.abs(a[0] - b[0]).max().item() < 1e-4
+
+
 def test_mlx_kernel_can_be_chosen_and_differentiated(monkeypatch):
     q, k, v, g, beta, state = inputs(70)
     assert_close(rule(q, k, v, g, beta, state, "kernel"), gd.reference(q, k, v, g, beta, state))
