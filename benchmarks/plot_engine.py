@@ -31,8 +31,9 @@ def main() -> None:
     for axis, (result, model) in zip(axes[0], found, strict=True):
         panel(axis, result, model)
     axes[0][0].set_ylabel("tokens a second")
-    axes[0][0].legend(frameon=False)
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(args.picture, dpi=150)
 
 
@@ -46,7 +47,7 @@ def panel(axis: Any, result: dict[str, Any], model: dict[str, Any]) -> None:
         bars = axis.bar(
             at, [s["median"] for s in stats], 0.38, yerr=[low, high], color=COLOURS[side], label=LABELS[side], capsize=2
         )
-        axis.bar_label(bars, [f"{s['median']:.3g}" for s in stats], fontsize=7, padding=2)
+        axis.bar_label(bars, [f"{s['median']:,.0f}" for s in stats], fontsize=7, padding=2)
     axis.set_yscale("log")
     axis.set_xticks(range(len(kinds)), list(kinds), fontsize=8)
     axis.set_title(f"{model['name']}, {model['bits']} bits\n{result['device']['device']}", fontsize=9)
