@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
-from .backend import BACKEND, compiled, fused, mx
+from .backend import BACKEND, fused, mx
 from .cache import Cache, DeltaCache, KVCache
 from .linear import Linear, SameInput
+from .step import Step
 
 SCORE_BYTES = 256 << 20  # largest block of attention scores, where the backend has no fused kernel
 CPU_QUERIES = 64  # at most, of a block there: keys after its last query are not multiplied, and their exp not taken
@@ -155,7 +156,7 @@ class Decoder:
             self.layers.append(layer)
         self.norm = weights.array(self.prefix + "norm.weight")
         self.lm_head = self.embed_tokens if cfg.tie_word_embeddings else self.head(cfg, weights)
-        self._stages: list[Callable[..., Any]] | None = None
+        self._step: Step | None = None
 
     @classmethod
     def head(cls, cfg: Any, weights: Weights) -> Linear:
@@ -181,62 +182,12 @@ class Decoder:
         return self.lm_head(hidden)
 
     def step(self, tokens: mx.array, cache: Cache) -> mx.array:
-        """One token of each sequence, [B, 1], behind a cache that holds some already → logits [B, 1, V].
-
-        The same numbers as `logits(hidden(tokens, cache))`. What lies between two readings of a key cache is one compiled
-        function, whose shapes never change: Python does little a token, and no length makes it compile anew.
-        """
-        if self._stages is None:
-            self._stages = [compiled(stage) for stage in self._make_stages(cache)]
-        start = mx.array(cache.length)
-        recurrent = [e for e in cache.layers if isinstance(e, DeltaCache)]
-        attention = [(layer, e) for layer, e in zip(self.layers, cache.layers, strict=True) if isinstance(e, KVCache)]
-        x, carried, done = tokens, (), 0
-        for i, stage in enumerate(self._stages):
-            states = [(e.conv, e.state) for e in recurrent[done:]]
-            x, out, states = stage(x, carried, start, states[: self._counts[i]])
-            for entry, (conv, state) in zip(recurrent[done:], states, strict=False):
-                entry.conv, entry.state = conv, state
-            done += len(states)
-            if i < len(attention):
-                layer, entry = attention[i]
-                q, k, v, *rest = out
-                carried = (layer.mixer.attend(q, *entry.append(k, v)), *rest)
-        cache.length += 1
-        return x
-
-    def _make_stages(self, cache: Cache) -> list[Callable[..., Any]]:
-        """The work between two readings of a key cache: (x, what the last reading gave, position, states of the recurrent
-        layers) → (x, what the next reading wants, new states); the first from token ids, the last to logits."""
-        groups: list[list[DecoderLayer]] = [[]]
-        ends: list[DecoderLayer | None] = []
-        for layer, entry in zip(self.layers, cache.layers, strict=True):
-            if isinstance(entry, KVCache):
-                ends.append(layer)
-                groups.append([])
-            else:
-                groups[-1].append(layer)
-        ends.append(None)
-        self._counts = [len(group) for group in groups]
-        return [self._stage(i, ends[i - 1] if i else None, group, ends[i]) for i, group in enumerate(groups)]
-
-    def _stage(
-        self, index: int, begun: DecoderLayer | None, group: list[DecoderLayer], next_: DecoderLayer | None
-    ) -> Callable[..., Any]:
-        def run(x: mx.array, carried: tuple[mx.array, ...], start: mx.array, states: list[Any]) -> Any:
-            if begun is None:
-                x = self.embed_tokens.rows(x)
-            else:
-                x = begun.after(x, *carried)
-            new = []
-            for layer, (conv, state) in zip(group, states, strict=True):
-                x, conv, state = layer.advance(x, conv, state)
-                new.append((conv, state))
-            if next_ is not None:
-                return x, next_.before(x, start), new
-            return self.logits(rms_norm(x, self.norm, self.cfg.rms_norm_eps)), (), new
-
-        return run
+        """One token of each sequence, [B, 1], behind a cache that holds some already → logits [B, 1, V]: the same numbers as
+        `logits(hidden(tokens, cache))`, by functions that are compiled once."""
+        if self._step is None:
+            head, norm, eps = self.lm_head, self.norm, self.cfg.rms_norm_eps
+            self._step = Step(self.embed_tokens.rows, self.layers, lambda x: head(rms_norm(x, norm, eps)), cache)
+        return self._step(tokens, cache)
 
     @classmethod
     def hidden_streamed(

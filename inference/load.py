@@ -46,7 +46,7 @@ class Model:
     _family: ModuleType
 
     def forward(self, tokens: mx.array, cache: Cache | None = None, *, last_only: bool = False) -> mx.array:
-        """Logits [B, T, V] (last_only: [B, 1, V]) in the compute type. Lazy up to PREFILL_STEP tokens."""
+        """Logits [B, T, V] (last_only: [B, 1, V]) in the compute type. Evaluated as it is built, but for few tokens."""
         hidden = self.hidden(tokens, cache, last_only=last_only)
         return self.text.logits(hidden)
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import gc
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from inference.backend import compute_dtype, mx
 from inference.errors import CheckpointError, ResourceError
 from inference.families import names_of
-from inference.load import DTYPES, Model, load
-from inference.memory import PREFILL_STEP
+from inference.load import DTYPES, PREFILL_STEP, Model, load
 
 from .base import ResolvedBase
 from .bench import context, device, measure
@@ -24,6 +24,8 @@ from .schema import Bench, Device, Manifest, Smoke, Speed
 from .smoke import Reference, Verdict, not_loaded, reference, reference_streamed, smoke
 from .store import write_model
 from .variants import Project
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ def measure_all(
                 if smoked.passed:
                     passed(id)
             if want.bench and (smoked is None or smoked.passed):
-                with (
-                    quiet(),
-                    _model(project, id, context(project.ladder.bench)) as model,
-                    report.bar(f"{id}: bench") as tick,
-                ):
-                    speed = measure(model, project.ladder.bench, smoke_text(project), tick)
+                with quiet(), report.bar(f"{id}: bench") as tick:
+                    speed = _on(
+                        project.store.variant(id),
+                        context(project.ladder.bench),
+                        lambda model, tick=tick: measure(model, project.ladder.bench, smoke_text(project), tick),
+                    )
                 benched = _bench(project, want.manifest, speed, bf16, run)
         except CheckpointError as e:
             if not want.smoke:
@@ -104,8 +106,9 @@ class _Run:
 
 
 def _smoke(project: Project, id: str, manifest: Manifest, ref: Reference, run: _Run, report: Report) -> Smoke:
-    with report.bar(f"{id}: smoke"), _model(project, id) as model:
-        verdict = smoke(project, model, ref, ceiling(project, id, manifest.inputs.bits))
+    limit = ceiling(project, id, manifest.inputs.bits)
+    with report.bar(f"{id}: smoke"):
+        verdict = _on(project.store.variant(id), PREFILL_STEP, lambda model: smoke(project, model, ref, limit))
     return _verdict(project, id, manifest, verdict, run)
 
 
@@ -157,15 +160,19 @@ def _base_row(
     smoking, benching = any(w.smoke for w in wanted.values()), any(w.bench for w in wanted.values())
     speed = Speed(reason="bench was not asked for")
     ref = None
+
+    def use(model: Model) -> None:
+        nonlocal speed, ref
+        if benching:
+            with quiet(), report.bar("BF16: bench") as tick:
+                speed = measure(model, project.ladder.bench, smoke_text(project), tick)
+            report.line(f"BF16: bench  {_speeds(speed, speed)}")
+        if smoking:
+            with report.bar("BF16: reference"):
+                ref = reference(project, model)
+
     try:
-        with _opened(base.folder, context(project.ladder.bench) if benching else PREFILL_STEP) as model:
-            if benching:
-                with quiet(), report.bar("BF16: bench") as tick:
-                    speed = measure(model, project.ladder.bench, smoke_text(project), tick)
-                report.line(f"BF16: bench  {_speeds(speed, speed)}")
-            if smoking:
-                with report.bar("BF16: reference"):
-                    ref = reference(project, model)
+        _on(base.folder, context(project.ladder.bench) if benching else PREFILL_STEP, use)
     except (ResourceError, MemoryError) as e:
         report.line(f"BF16: {e}")
         speed = Speed(reason=_reason(e))
@@ -174,23 +181,27 @@ def _base_row(
     return ref, speed
 
 
-@contextmanager
-def _opened(folder: Path, tokens: int) -> Iterator[Model]:
-    """A loaded model that is gone, buffers and all, when the block ends. Raises MemoryError if MLX runs out of memory,
-    ResourceError if it has too little for the model and that many tokens."""
+def _on(folder: Path, tokens: int, use: Callable[[Model], T]) -> T:
+    """What `use` makes of a loaded model, which is gone, buffers and all, when this returns: `use` keeps nothing of it.
+
+    A function, not a context: there the caller's own name would hold the model while the next one is loaded, and count in
+    its memory. Raises MemoryError if MLX runs out of memory, ResourceError if it has too little for the model and that
+    many tokens.
+    """
+    _free()  # what an error that was handled meanwhile still held
     try:
-        yield load(folder, context=tokens)
+        return use(load(folder, context=tokens))
     except RuntimeError as e:  # what MLX raises when an allocation fails, on every backend
         if "alloc" not in str(e).lower() and "memory" not in str(e).lower():
             raise
         raise MemoryError(f"out of memory while running ({str(e).splitlines()[0][:120]})") from None
     finally:
-        gc.collect()
-        mx.clear_cache()
+        _free()
 
 
-def _model(project: Project, id: str, tokens: int = PREFILL_STEP) -> AbstractContextManager[Model]:
-    return _opened(project.store.variant(id), tokens)
+def _free() -> None:
+    gc.collect()
+    mx.clear_cache()
 
 
 def _compute(base: ResolvedBase) -> str:

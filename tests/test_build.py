@@ -601,6 +601,23 @@ def test_a_variant_that_does_not_fit_is_reported_and_not_condemned(ladder, publi
     assert stale(publish, ladder)["Q4_K_XL"]["smoke"] == ["not run on these weights"]
 
 
+def test_each_model_is_gone_before_the_next_one_is_loaded(ladder, publish, monkeypatch):
+    """Else its peak counts in the next one's figures."""
+    from inference import load as engine
+    from inference.backend import mx
+
+    active = []
+
+    def load(folder, **how):
+        active.append(mx.get_active_memory())
+        return engine.load(folder, **how)
+
+    monkeypatch.setattr("publisher.measure.load", load)
+    publish("bench", "--all", cwd=ladder).ok()
+    assert len(active) >= 3
+    assert max(active) - min(active) < 1 << 20, active
+
+
 def test_running_out_of_memory_in_a_benchmark_is_reported(ladder, publish, monkeypatch):
     def measure(*args):
         raise RuntimeError("[malloc] Unable to allocate 99 bytes.")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_checkpoints import write_moe
 
 from inference import blocks
 from inference.backend import BACKEND, mx
@@ -92,9 +93,18 @@ def test_one_more_token_is_what_a_whole_pass_says(model, recorded):
     check(model.forward(ids[:, 104:], cache), recorded, 104)
 
 
+def test_the_step_of_many_experts_waits_for_nothing(tmp_path, monkeypatch):
+    """A batch whose routed rows would be sorted by expert: sorting asks the device, which a compiled function cannot."""
+    model = load(write_moe(tmp_path / "moe"))
+    tokens, cache = mx.arange(24)[:, None] * mx.ones((1, 5), mx.int32), model.make_cache()
+    model.forward(tokens, cache)
+    monkeypatch.setattr("inference.linear.Sorting.of", lambda *a: pytest.fail("it would wait"))
+    assert model.step(tokens[:, :1], cache).shape == (24, 1, model.config.vocab_size)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for the CPU with g++")
 def test_the_step_can_be_compiled(tiny, recorded, monkeypatch):
-    monkeypatch.setattr(blocks, "compiled", mx.compile)
+    monkeypatch.setattr("inference.step.compiled", mx.compile)
     model = load(tiny)
     ids, cache = mx.array(recorded["ids"])[None], model.make_cache()
     model.forward(ids[:, :255], cache)

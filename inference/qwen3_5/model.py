@@ -153,7 +153,7 @@ class MoE:
         b, t, h = x.shape
         flat = x.reshape(b * t, h)
         experts, scores = self.route(flat)
-        y = (self._experts(flat, experts) * scores[..., None].astype(x.dtype)).sum(axis=1)
+        y = (self._experts(flat, experts, t > 1) * scores[..., None].astype(x.dtype)).sum(axis=1)
         shared = self.shared_expert(flat) * mx.sigmoid(self.shared_expert_gate(flat))
         return (y + shared).reshape(b, t, h)
 
@@ -164,10 +164,10 @@ class MoE:
         scores = mx.take_along_axis(p, experts, axis=-1)
         return experts, scores / scores.sum(axis=-1, keepdims=True)
 
-    def _experts(self, x: mx.array, experts: mx.array) -> mx.array:
-        """x: [N, H], experts: [N, k] → [N, k, H]"""
+    def _experts(self, x: mx.array, experts: mx.array, sort: bool) -> mx.array:
+        """x: [N, H], experts: [N, k] → [N, k, H]. sort: rows by expert; waits for the device, which a compiled step cannot."""
         n, k = experts.shape
-        if n * k < SORT_ROWS:
+        if not sort or n * k < SORT_ROWS:
             return self._apply(x[:, None, None], experts)[:, :, 0]
         flat = experts.reshape(-1)
         sorting = Sorting.of(flat, self.experts)
