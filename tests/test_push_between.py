@@ -159,8 +159,10 @@ def test_a_proposal_that_landed_on_somebody_elses_is_told_too(server, project):
     edit_card(project)
     told = refused(server, project, Meanwhile(server, "refs/pr/1", README__md=THEIRS), create_pr=True)
     assert "replaced their README.md" in told
-    assert pulls(server) == [1]
     assert receipt_of(project).replaced == []
+    server.stats.reset()
+    assert push(server, project, create_pr=True).pull_request == 1, "its reviewers see both"
+    assert (pulls(server), server.stats.requests["commit"]) == ([1], 0)
 
 
 def test_an_ordinary_push_reads_one_page_of_history_and_a_repeated_one_none(server, project):
