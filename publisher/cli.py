@@ -213,7 +213,10 @@ def calibrate(options: Options, force: bool) -> None:
 @click.option("--eval", "evaluate", is_flag=True, help="Measure the quality too, as publish eval does.")
 @click.option("--shard", metavar="I/N", help="Build the I-th of N shares only; publish merge joins them.")
 @click.option(
-    "--jobs", type=click.IntRange(1, 256), metavar="N", help="Pieces quantized at once; fewer take less memory."
+    "--jobs",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Pieces quantized at once, else one a core, 8 at most; fewer take less memory.",
 )
 @click.option("--push", "pushing", is_flag=True, help="Push what passes, without asking; upload while others are made.")
 @click.option("--private", is_flag=True, help="With --push: new repos stay private.")

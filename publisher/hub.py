@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from huggingface_hub.utils import (
     build_hf_headers,
     get_session,
     hf_raise_for_status,
+    paginate,
 )
 
 from inference.checkpoint import shard_files
@@ -50,12 +52,12 @@ from .hub_bounds import COMMIT_ID, is_file_of_a_repo
 from .hub_client import checked_endpoint, checked_token, configure, no_bars
 from .hub_collections import Item, arrange
 from .hub_errors import Calls, Patience
-from .hub_types import Copy, Head, RemoteFile, Upload, default_endpoint
+from .hub_types import Commit, Copy, Head, RemoteFile, Upload, default_endpoint
 from .hub_watch import Limits
 from .locks import repo_lock
 
 __all__ = [
-    "Account", "Copy", "Head", "Hub", "Progress", "RemoteFile", "Upload",
+    "Account", "Commit", "Copy", "Head", "Hub", "Progress", "RemoteFile", "Upload",
     "cached_snapshot", "check_disk", "download_base", "download_file", "download_size", "remote_headers",
 ]  # fmt: skip
 
@@ -64,6 +66,7 @@ PAUSE_S = 1.0  # before the second try, doubled for each further one
 WAIT_S = 330  # that a hub may ask to wait; its rate limits count over 5 minutes
 DOWNLOAD_TRIES = 3  # what has arrived is kept from one to the next
 UPLOAD_TRIES = 3  # of one group of files; the client itself repeats a PUT up to five times within each
+HISTORY = 10_000  # commits of a repo that are read
 ALONE_BYTES = 32 << 20  # larger files are uploaded one by one, so that progress can be told and done ones are kept
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
@@ -199,11 +202,27 @@ class Hub:
 
         return self._call(f"listing the files of {repo}", ask)
 
-    def history(self, repo: str, commit: str) -> list[str]:
-        """The commits that led to this one, newest first, itself included."""
+    def history(self, repo: str, commit: str, until: str | None = None) -> list[Commit]:
+        """The commits that led to this one, newest first, itself included; no further than `until`, which ends them.
+
+        Of what stands in a commit only its id must be as expected: anybody may have made it, by any tool.
+        """
         doing = f"reading the history of {repo}"
-        found = self._call(doing, self._api.list_repo_commits, repo, revision=commit)
-        return [self._commit_id(c.commit_id, doing) for c in found]
+
+        def ask() -> list[Commit]:
+            found: list[Commit] = []
+            url = f"{self.endpoint}/api/models/{repo}/commits/{commit}"
+            for item in islice(paginate(url, params={}, headers=self._headers()), HISTORY):
+                id = self._commit_id(item.get("id") if isinstance(item, dict) else item, doing)
+                authors = item["authors"] if isinstance(item.get("authors"), list) else []
+                names = [a["user"] for a in authors if isinstance(a, dict) and isinstance(a.get("user"), str)]
+                title, message = (t if isinstance(t := item.get(key), str) else "" for key in ("title", "message"))
+                found.append(Commit(id, self._call.clean(title), self._call.clean(message), ", ".join(names[:3])[:100]))
+                if id == until:
+                    break
+            return found
+
+        return self._call(doing, ask)
 
     def tags(self, repo: str) -> dict[str, str]:
         """Commit by tag name."""
@@ -293,16 +312,18 @@ class Hub:
         title: str,
         parent: str,
         copies: Iterable[Copy] = (),
+        message: str = "",
     ) -> str:
-        """One commit on top of `parent`; returns its id. An error does not mean that it did not land."""
+        """One commit on top of `parent`; returns its id. An error does not mean that it did not land, and success not that
+        `parent` was the head: see `push_between`."""
         copied = [CommitOperationCopy(c.source, c.path, c.commit, c.repo, "model" if c.repo else None) for c in copies]
         operations = list(operations)
         all_ = [*operations, *copied, *(CommitOperationDelete(path, is_folder=False) for path in delete)]
         with no_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # hints about the card's metadata; its faults are told by check_card
             info = self._call(
-                f"committing to {repo}", self._api.create_commit, repo, all_, commit_message=title, revision=revision,
-                parent_commit=parent, retry=False, nbytes=_inline(operations),
+                f"committing to {repo}", self._api.create_commit, repo, all_, commit_message=title,
+                commit_description=message, revision=revision, parent_commit=parent, retry=False, nbytes=_inline(operations),
             )  # fmt: skip
         return info.oid
 

@@ -41,6 +41,16 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Commit:
+    """One of a repo's history. title, message and author are what somebody wrote, or empty."""
+
+    id: str
+    title: str
+    message: str
+    author: str
+
+
+@dataclass(frozen=True)
 class Upload:
     """A file to commit. source: bytes for small files, so that what was hashed is what is sent."""
 

@@ -1,12 +1,14 @@
 """One push is one commit: compare folder, receipt and repo; send what is missing; commit; prove it; tag; list.
 
     plan_push   reads both sides and decides, changing nothing: that is the dry run (`push_plan`)
-    execute     upload → re-hash → one commit on top of the head that was planned with → compare by hash → tag → receipt
+    execute     upload → re-hash → one commit on top of the head that was planned with → compare by hash → look what it
+                landed on → receipt → tag
     (what spans several repos, collection and visibility, is `release`'s)
 
 The folder's files are frozen while this runs: hashed before, looked at again before the commit. Whatever goes wrong
 around the commit, the repo is read again, and what it holds decides: ours (the answer was lost), the old head (try
-again), or something else (RemoteChanged). A card alone is a commit of its own and leaves tags where they are.
+again), or something else (RemoteChanged). And where it went well, the history is read: a hub may have taken the commit on
+top of another head (`push_between`). A card alone is a commit of its own and leaves tags where they are.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ from inference.errors import (
 from .card_history import record
 from .card_notes import Notes, read_card, with_notes
 from .hub import Head, Hub, Progress, RemoteFile, Upload
+from .push_between import Between, came_between, came_between_before, digest, mark
 from .push_plan import LocalFile, PushPlan, local_files, plan_push, pull_receipt, repo_id, same
-from .schema import Check, FileEntry, Manifest, Receipt
+from .schema import Check, FileEntry, Manifest, Receipt, ReplacedFile
 from .signing import write_signature
 from .store import read_model, write_model, write_text
 from .variants import Project
@@ -85,6 +88,11 @@ def execute(hub: Hub, project: Project, plan: PushPlan, progress: Progress | Non
     tell("checking", 0, 0)
     tree = hub.tree(plan.repo, commit)
     failed = next((c for c in compare(plan.files, tree) if not c.passed), None)
+    between = None if _recorded(hub, project, plan) else _look(hub, project, plan, commit)
+    if between:
+        if not failed:
+            _write_receipt(hub, project, plan, commit, between.replaced)
+        raise RemoteChanged(f"{plan.repo}: {between.told}")
     if failed:
         raise CheckFailed(f"{plan.repo} at {commit[:12]}: {failed.name}: {failed.detail}; run push again")
     receipt = _write_receipt(hub, project, plan, commit)
@@ -139,15 +147,11 @@ def _ready(hub: Hub, plan: PushPlan, tell: Progress) -> PushPlan:
         )
     if plan.target.create_pr and plan.target.pull_request is None:
         text = f"Pushed by the publisher of {plan.repo}; weights {plan.weights_hash}."
-        number = hub.open_pull(plan.repo, f"{plan.title} ({_digest(plan.files)[:8]})", text)
+        number = hub.open_pull(plan.repo, f"{plan.title} ({digest(plan)[:8]})", text)
         plan = replace(plan, target=replace(plan.target, pull_request=number))
         head = hub.head(plan.repo, plan.target.revision)
         plan = replace(plan, head=head.commit if head else plan.head)
     return plan
-
-
-def _digest(files: Iterable[LocalFile]) -> str:
-    return hashlib.sha256("".join(f"{f.path} {f.sha256}\n" for f in files).encode()).hexdigest()
 
 
 def _send(hub: Hub, plan: PushPlan, tell: Progress) -> str:
@@ -168,8 +172,9 @@ def _send(hub: Hub, plan: PushPlan, tell: Progress) -> str:
         tell("committing", 0, 0)
         try:
             return hub.commit(
-                plan.repo, plan.target.revision, operations, plan.delete, plan.title, plan.head, copies.values()
-            )
+                plan.repo, plan.target.revision, operations, plan.delete, plan.title, plan.head, copies.values(),
+                mark(plan),
+            )  # fmt: skip
         except PublishError as e:
             error = e  # nothing is known yet: what the repo holds decides
         landed = _landed(hub, plan)
@@ -254,22 +259,60 @@ def _check(name: str, faults: Sequence[str], good: str) -> Check:
     return Check(name=name, passed=not faults, detail=faults[0] + more if faults else good)
 
 
-def _write_receipt(hub: Hub, project: Project, plan: PushPlan, commit: str) -> Receipt:
-    """Written before the tag: from here on the next push knows what this one left."""
-    path = pull_receipt(project, plan.id) if plan.target.create_pr else project.store.receipt(plan.id)
-    old = read_model(path, Receipt)
-    # of the weights that are here or not as they were when this push began
-    pruned_at = old.pruned_at if old and any(f.key is None for f in plan.files) else None
+def _look(hub: Hub, project: Project, plan: PushPlan, commit: str) -> Between | None:
+    """What came between the plan and its commit; of a push that did not get to its receipt, between that plan and its."""
+    if not plan.up_to_date:
+        try:
+            return came_between(hub, plan, commit)
+        except PublishError as e:
+            unknown = (
+                f"{e}; it is committed as {commit[:12]}, what it landed on is not known: run push again, it will see"
+            )
+            raise type(e)(unknown) from None
+    old = read_model(_receipt_path(project, plan), Receipt)
+    known = old.commit if old and (old.repo, old.endpoint) == (plan.repo, hub.endpoint) else None
+    return came_between_before(hub, plan, commit, known)
+
+
+def _receipt_path(project: Project, plan: PushPlan) -> Path:
+    return pull_receipt(project, plan.id) if plan.target.create_pr else project.store.receipt(plan.id)
+
+
+def _entries(plan: PushPlan, old: Receipt | None) -> list[FileEntry]:
+    """What the receipt of this plan lists."""
     entries = [FileEntry(path=f.path, size=f.size, sha256=f.sha256) for f in plan.files]
     if old and plan.keeps:
         entries = sorted((*entries, *(f for f in old.files if f.path in plan.keeps)), key=lambda f: f.path)
+    return entries
+
+
+def _pruned_at(plan: PushPlan, old: Receipt | None) -> str | None:
+    """Of the weights that are here or not as they were when this push began."""
+    return old.pruned_at if old and any(f.key is None for f in plan.files) else None
+
+
+def _recorded(hub: Hub, project: Project, plan: PushPlan) -> Receipt | None:
+    """The receipt that is there, if it says all that one of this plan would, and there is nothing to do."""
+    old = read_model(_receipt_path(project, plan), Receipt)
     if (
         old
         and (old.repo, old.endpoint, old.weights_hash) == (plan.repo, hub.endpoint, plan.weights_hash)
-        and (old.files, old.pull_request, old.pruned_at) == (entries, plan.target.pull_request, pruned_at)
+        and (old.files, old.pull_request) == (_entries(plan, old), plan.target.pull_request)
+        and (old.pruned_at, old.replaced) == (_pruned_at(plan, old), [])
         and plan.up_to_date
     ):
         return old
+    return None
+
+
+def _write_receipt(
+    hub: Hub, project: Project, plan: PushPlan, commit: str, replaced: Iterable[ReplacedFile] = ()
+) -> Receipt:
+    """Written before the tag: from here on the next push knows what this one left."""
+    if recorded := _recorded(hub, project, plan):
+        return recorded
+    path = _receipt_path(project, plan)
+    old = read_model(path, Receipt)
     same_repo = old is not None and (old.repo, old.endpoint) == (plan.repo, hub.endpoint)
     receipt = Receipt(
         id=plan.id,
@@ -278,10 +321,11 @@ def _write_receipt(hub: Hub, project: Project, plan: PushPlan, commit: str) -> R
         commit=commit,
         pull_request=plan.target.pull_request,
         weights_hash=plan.weights_hash,
-        files=entries,
+        files=_entries(plan, old),
         pushed_at=datetime.now(UTC).isoformat(timespec="seconds"),
         tag=old.tag if old and same_repo and old.weights_hash == plan.weights_hash else None,
-        pruned_at=pruned_at,
+        pruned_at=_pruned_at(plan, old),
+        replaced=list(replaced),
     )
     write_model(path, receipt)
     return receipt

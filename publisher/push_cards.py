@@ -73,6 +73,19 @@ def text_edit(hub: Hub, repo: str, commit: str, pushed: str | None, here: Path, 
     return _diff(first, there, f"{path} here" if before is None else f"{path} as pushed", f"{path} on the hub")
 
 
+def edit_between(hub: Hub, repo: str, old: str, new: str, path: str) -> str:
+    """What changed of a file between two commits; empty where it is no text."""
+    texts = []
+    for commit in (old, new):
+        text = b""
+        with suppress(InputError):  # that commit is gone, or does not have it
+            text = hub.read_range(repo, commit, path, 0, CARD_BYTES)
+        texts.append(text)
+    if any(b"\0" in text for text in texts):
+        return ""
+    return _diff(texts[0], texts[1], f"{path} in {old[:8]}", f"{path} in {new[:8]}")
+
+
 def _diff(before: bytes, after: bytes, old: str, new: str) -> str:
     first, second = (text.decode(errors="replace").splitlines() for text in (before, after))
     lines = [

@@ -18,7 +18,7 @@ from inference.errors import GateRefused, InputError
 
 from .hub import Copy, Head, Hub, RemoteFile
 from .prune import WEIGHTS, pruned
-from .push_cards import BOTH, CardEdit, card_edit, text_edit
+from .push_cards import BOTH, CardEdit, card_edit, edit_between, text_edit
 from .push_copies import find_copies
 from .schema import Manifest, Receipt
 from .signing import MAX_BYTES, Signed, covers, is_ignored, read_signature
@@ -251,8 +251,19 @@ def plan_push(
     target = Target(id, repo, hub.endpoint, private, create_pr, number, overwrite, staged)
     plan = _spare_signature(hub, decide(target, manifest.weights_hash, files, head, known), head)
     plan = replace(plan, copies=tuple(find_copies(hub, project, plan, head)))
-    if head is None or not plan.foreign:
+    if head is None:
         return plan
+    if plan.foreign:
+        plan = _with_edits(hub, project, plan, head, last)
+    known_edits = {f.path for f in plan.foreign}
+    return replace(
+        plan, foreign=(*plan.foreign, *(f for f in _replaced(hub, plan, head, last) if f.path not in known_edits))
+    )
+
+
+def _with_edits(hub: Hub, project: Project, plan: PushPlan, head: Head, last: Receipt | None) -> PushPlan:
+    """The plan with the difference of each foreign edit."""
+    id, repo, files = plan.id, plan.repo, plan.files
     if any(f.path == CARD and not f.deleted for f in plan.foreign):
         plan = with_edit(
             plan, card_edit(hub, repo, head.commit, last and last.commit, project.store.variant(id) / CARD)
@@ -266,6 +277,22 @@ def plan_push(
             for f in plan.foreign
         ),
     )  # fmt: skip
+
+
+def _replaced(hub: Hub, plan: PushPlan, head: Head, last: Receipt | None) -> Iterable[ForeignEdit]:
+    """Edits that our last push replaced before it could know of them (`push_between`), for as long as neither side has
+    taken them back."""
+    ours = {f.path: f for f in plan.files}
+    for file in last.replaced if last else ():
+        path, tree = file.path, hub.tree(plan.repo, file.commit)
+        theirs, there, here = (tree or {}).get(path), head.files.get(path), ours.get(path)
+        if tree is not None and (theirs and theirs.identity) == (there and there.identity):
+            continue
+        if tree is not None and (same(here, theirs) if here and theirs else here is theirs):
+            continue
+        diff = edit_between(hub, plan.repo, file.before, file.commit, path)
+        what = f"was changed on the hub in commit {file.commit[:8]}, which the last push replaced without knowing it"
+        yield ForeignEdit(path, what, diff)
 
 
 def _with_signature(files: Sequence[LocalFile], path: Path, data: bytes) -> list[LocalFile]:
@@ -371,7 +398,7 @@ def _deleted(
     if head is None or last is None or head.commit == last.commit:
         return {}
     lost = {f.path for f in files if f.path not in head.files} & {f.path for f in last.files}
-    history = hub.history(repo, head.commit) if lost else []
+    history = [c.id for c in hub.history(repo, head.commit, last.commit)] if lost else []
     if last.commit not in history:
         return {}
     found = dict.fromkeys(sorted(lost), "")

@@ -170,7 +170,7 @@ def release_held(
                 receipt = execute(hub, project, plan, lambda what, done, total, tick=tick: tick(done, total))
         except PublishError as e:
             done.failed[plan.id] = e
-            report.line(f"{plan.id}: not pushed: {_told(e, plan)}")
+            report.line(f"{plan.id}: push stopped: {_told(e, plan)}")
             if not choices.create_pr:
                 book.failed(plan.id, _line(e))
             continue

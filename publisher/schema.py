@@ -833,6 +833,14 @@ class Provenance(File):
     versions: dict[str, str]  # when it was built; empty where that was not recorded
 
 
+class ReplacedFile(File):
+    """Of somebody else's commit, replaced by a push that could not know of it. before: the commit that it was planned on."""
+
+    path: str
+    commit: str
+    before: str
+
+
 class Receipt(File):
     """Proof of one push."""
 
@@ -847,6 +855,7 @@ class Receipt(File):
     pushed_at: str
     tag: str | None = None
     pruned_at: str | None = None  # when the weights here were deleted, after the hub's were proven to be these
+    replaced: list[ReplacedFile] = Field(default_factory=list)  # what `push --overwrite` has not been told to leave so
 
 
 class LadderEntry(File):

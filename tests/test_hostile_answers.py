@@ -69,6 +69,23 @@ def test_sizes_and_hashes_that_are_none_are_no_answer_of_a_hub(entry):
     assert "none of a hub" in refused(answering_hub(200, tree(entry)).tree, "acme/x", OID)
 
 
+@pytest.mark.parametrize("item", [None, 5, "x", [], {}, {"id": "main"}, {"id": "../x"}, {"id": 5}])
+def test_a_history_of_what_are_no_commits_is_no_answer_of_a_hub(item):
+    assert "none of a hub" in refused(answering_hub(200, json.dumps([item]).encode()).history, "acme/x", OID)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    st.dictionaries(
+        st.sampled_from(["title", "message", "authors", "date"]), ODD | st.lists(ODD | st.just({"user": 5}))
+    )
+)
+def test_of_a_commit_only_its_id_must_be_one(said):
+    (commit,) = answering_hub(200, json.dumps([{"id": OID, **said}]).encode()).history("acme/x", OID)
+    assert commit.id == OID
+    assert all(isinstance(text, str) for text in (commit.title, commit.message, commit.author))
+
+
 def test_files_of_any_language_are_files():
     assert is_file_of_a_repo("Grüße/你好 (1).txt", 0, None, OID)
     assert is_file_of_a_repo("model.safetensors", 5 << 40, "b" * 64, OID)
@@ -107,7 +124,13 @@ def test_packed_answers_are_read():
 )
 def test_answers_that_are_no_json_or_deeply_nested_are_one_line(body):
     hub = answering_hub(200, body)
-    for call in (hub.account, lambda: hub.head("acme/x"), lambda: hub.tree("acme/x", OID), lambda: hub.tags("acme/x")):
+    for call in (
+        hub.account,
+        lambda: hub.head("acme/x"),
+        lambda: hub.tree("acme/x", OID),
+        lambda: hub.tags("acme/x"),
+        lambda: hub.history("acme/x", OID),
+    ):
         refused(call)
 
 

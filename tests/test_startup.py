@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, set[str]]] = {
     "schema": ("schema", FILES),
     "init": ("init model --file {other}/new.yaml", FILES),
     "hub, refused": ("hub --dir {other} --fault nonsense", SERVER),
+    "merge, refused": ("merge {other} --file {other}/none.yaml", CARDS | {"numpy", "tokenizers"}),
     "calibrate, refused": ("calibrate --file {other}/none.yaml", FILES),
     "smoke, refused": ("smoke Q4_K_XL --file {other}/none.yaml", CARDS),
     "bench, refused": ("bench Q4_K_XL --file {other}/none.yaml", CARDS),

@@ -53,7 +53,8 @@ async def commit(call: Call) -> Response:
     # Read the repository again: others were served while the body came in. From here to the save nothing awaits.
     repo = call.repo()
     rev = call.args["rev"]
-    if call.request.scope.get("localhub.stale_head"):
+    ignores_parent = call.request.scope.get("localhub.ignore_parent", False)
+    if ignores_parent or call.request.scope.get("localhub.stale_head"):
         _somebody_else_pushes(call, repo, rev)
     head = call.commit(repo)
     header, operations = _parse(raw)
@@ -61,7 +62,7 @@ async def commit(call: Call) -> Response:
     if parent is not None:
         if not isinstance(parent, str) or not COMMIT_ID.fullmatch(parent):
             raise HubError(400, '"parentCommit" must be a full commit id')
-        if parent != head.oid:
+        if parent != head.oid and not ignores_parent:
             raise HubError(412, CONFLICT)
     title = field(header, "summary", str)
     message = field(header, "description", str, default="")
@@ -199,7 +200,7 @@ def _branch(rev: str) -> str:
 
 
 def _somebody_else_pushes(call: Call, repo: Repo, rev: str) -> None:
-    """Fault `stale_head`: a small file lands first."""
+    """Faults `stale_head` and `ignore_parent`: a small file lands first."""
     head = call.commit(repo)
     file = call.hub.store.add_blob(f"pushed by somebody else on top of {head.oid}\n".encode())
     tree = head.tree | {"somebody-else.txt": file}

@@ -2,17 +2,18 @@
 
 A fault names a route (see `app.ROUTES`), which request of that route it hits, and what happens. Kinds:
 
-    lose_answer  the request is carried out in full, then the connection is dropped without a byte of answer
-    status       the body is read, nothing is done, `status` is answered (`retry_after`: that header, in seconds;
-                 `retry_date`: the same as a date so many seconds from now; `text`: an HTML page with it, not JSON)
-    late_status  the request is carried out in full, then `status` is answered as if it had failed
-    delay        `seconds` pass first, then all is well
-    trickle      the answer comes byte by byte, one every `seconds`
-    redirect     nothing is done; the client is sent to the same path on the blob store's origin
-    cut          the connection is dropped once `after_bytes` of body went either way
-    corrupt      one byte of the answer's body is wrong; its length is right
-    stale_head   commit only: somebody else's commit lands on the branch just before this one
-    old_head     repo_info only: answered as if the last commit of the branch were not there yet
+    lose_answer    the request is carried out in full, then the connection is dropped without a byte of answer
+    status         the body is read, nothing is done, `status` is answered (`retry_after`: that header, in seconds;
+                   `retry_date`: the same as a date so many seconds from now; `text`: an HTML page with it, not JSON)
+    late_status    the request is carried out in full, then `status` is answered as if it had failed
+    delay          `seconds` pass first, then all is well
+    trickle        the answer comes byte by byte, one every `seconds`
+    redirect       nothing is done; the client is sent to the same path on the blob store's origin
+    cut            the connection is dropped once `after_bytes` of body went either way
+    corrupt        one byte of the answer's body is wrong; its length is right
+    stale_head     commit only: somebody else's commit lands on the branch just before this one
+    ignore_parent  commit only: as stale_head, and this one is taken on top of it, whatever parent it names
+    old_head       repo_info only: answered as if the last commit of the branch were not there yet
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ KINDS = (
     "cut",
     "corrupt",
     "stale_head",
+    "ignore_parent",
     "old_head",
 )
-ONLY = {"stale_head": "commit", "old_head": "repo_info"}  # kinds that one route knows
+ONLY = {"stale_head": "commit", "ignore_parent": "commit", "old_head": "repo_info"}  # kinds that one route knows
 
 
 @dataclass(frozen=True)
