@@ -47,7 +47,6 @@ COMMANDS: dict[str, tuple[str, set[str]]] = {
     "smoke, refused": ("smoke Q4_K_XL --file {other}/none.yaml", CARDS),
     "bench, refused": ("bench Q4_K_XL --file {other}/none.yaml", CARDS),
     "eval, refused": ("eval Q4_K_XL --file {other}/none.yaml", FILES),
-    "merge, refused": ("merge {other}/none", CARDS),
     "chat": (
         "chat Q4_K_XL --prompt hi --max-tokens 1 --json",
         CARDS | {"mlx", "numpy", "tokenizers"},
