@@ -83,13 +83,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did. others: lines about statistics and receipts. cards: variants whose card changed. absent: variants
-    of the ladder that are not here."""
+    """What a merge did. others: lines about statistics and receipts. cards: variants whose card changed; card_faults: why
+    one could not be rendered. absent: variants of the ladder that are not here. empty: folders that had no variant."""
 
     parts: tuple[Part, ...]
     others: tuple[str, ...]
     cards: tuple[str, ...]
     absent: tuple[str, ...]
+    card_faults: dict[str, str]
+    empty: tuple[Path, ...]
 
     @property
     def wrong(self) -> list[Part]:
@@ -136,7 +138,12 @@ def merge(
         cards = render_cards(project, base)
     absent = [id for id in project.ladder.variants if read_manifest(project, id) is None]
     return Merged(
-        tuple(parts), tuple(others), tuple(id for id in project.ladder.variants if id in cards), tuple(absent)
+        tuple(parts),
+        tuple(others),
+        tuple(id for id in project.ladder.variants if id in cards.changed),
+        tuple(absent),
+        cards.faults,
+        tuple(root for root in dict.fromkeys(roots) if all(p.folder != root for p in parts)),
     )
 
 

@@ -19,6 +19,7 @@ import publisher.calibrate
 import publisher.merge
 from inference.checkpoint import read_header
 from inference.errors import InputError
+from publisher.build import Cards
 from publisher.schema import Costs, History, Receipt
 from publisher.store import Store, model_text, read_model, write_model
 
@@ -77,7 +78,7 @@ def cards() -> None:
 def _no_cards(request, monkeypatch):
     """A quarter of a second each, which the others need not wait for."""
     if "cards" not in request.fixturenames:
-        monkeypatch.setattr(publisher.merge, "render_cards", lambda project, base: set())
+        monkeypatch.setattr(publisher.merge, "render_cards", lambda project, base: Cards(frozenset(), {}))
 
 
 @pytest.fixture
@@ -199,6 +200,9 @@ def test_what_is_stale_stays_out_and_says_why_and_the_rest_comes_in(publish, mai
     ran = publish("merge", "../one/build", "../two/build", "--json", cwd=main)
     assert f"{Q4} of {two[1]}: not taken: " in (said := ran.refused(3))
     assert "group_size: 64 → 32" in said
+    plain = publish("merge", "../one/build", "../two/build", cwd=main)
+    assert "group_size: 64 → 32" in plain.refused(3)
+    assert "group_size" not in plain.out  # the error has it
     assert states(ran) == dict.fromkeys(IDS, "added") | {Q4: "stale"}
     assert not (main / "build" / Q4).exists()
 
@@ -494,6 +498,8 @@ def test_moved_variants_are_deleted_there_once_they_are_here(publish, main, two)
     assert tree(two[1] / "results") == results
     publish("verify", *IDS[3:], cwd=main).ok()
     shutil.rmtree(two[1] / Q4)
+    said = publish("merge", "../two/build", "--move", cwd=main).ok().out
+    assert said.startswith(f"{two[1]}: nothing to take, it holds no variant\n")
     assert json.loads(publish("merge", "../two/build", "--move", "--json", cwd=main).ok().out)["variants"] == []
 
 
