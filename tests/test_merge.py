@@ -20,7 +20,9 @@ import publisher.merge
 from inference.checkpoint import read_header
 from inference.errors import InputError
 from publisher.build import Cards
+from publisher.locks import repo_lock
 from publisher.schema import Costs, History, Receipt
+from publisher.scratch import scratch
 from publisher.store import Store, model_text, read_model, write_model
 
 IDS = [f"Q{bits}_K_XL" for bits in (2, 3, 4, 5, 6, 8)]
@@ -432,6 +434,17 @@ def test_a_file_system_without_locks_is_told_as_such(code, publish, main, two, m
     with pytest.raises(InputError) as e, Store(two[0]).lock("build"):
         pass
     assert str(e.value) == told
+
+
+def test_scratch_folders_and_the_hubs_cache_do_without_locks(tmp_path, monkeypatch):
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with repo_lock(tmp_path, "http://hub", "demo/x"), scratch("merge", tmp_path) as first:
+        with scratch("merge", tmp_path):
+            pass
+        assert first.is_dir()  # of a run at work, for all that another one can tell
 
 
 # ------------------------------------------------------------------------------------------------ killed
