@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from . import __version__, card_figure, provenance
 from .allocation import UNKNOWN
 from .base import ResolvedBase, fetch_imatrix, fingerprint, remember_source_hash
 from .card import figure, gather, render
-from .card_notes import Notes, read_card, read_notes
+from .card_notes import CardFault, Notes, read_card, read_notes
 from .plan import build_inputs, disk_needed, quant_table, select_targets
 from .prune import require_weights
 from .report import Report
@@ -63,6 +63,23 @@ class Outcome:
     benched: bool
     card: bool  # its card changed on disk
     failed: str | None
+    card_fault: str | None = None  # why its card could not be rendered
+
+
+@dataclass(frozen=True)
+class Cards:
+    """What became of cards. changed: those of which something on disk changed; faults: why one could not be rendered, a line
+    each, by variant."""
+
+    changed: frozenset[str]
+    faults: dict[str, str]
+
+
+def refuse_faults(faults: Mapping[str, str]) -> None:
+    """Raises GateRefused, a line for each card that could not be rendered; nothing if there is none."""
+    if faults:
+        lines = list(faults.values())
+        raise GateRefused("\n  ".join(["cards with a fault:", *lines]) if len(lines) > 1 else lines[0])
 
 
 def build_held(
@@ -82,7 +99,7 @@ def build_held(
 
     ahead: is offered each variant as soon as its weights passed their smoke test. keep_pruned: weights that the hub holds
     are not made again, unless a step needs them. jobs: bands of the base to quantize at once; None: by the cores.
-    Raises what the steps raise; a failed smoke test is not an exception but an Outcome.
+    Raises what the steps raise; a failed smoke test or a faulty card is not an exception but in an Outcome.
     """
     seen = survey(project, hub, cards=False)
     _require_allocated(seen, ids)
@@ -112,15 +129,16 @@ def build_held(
         from .evaluate import evaluate_held  # noqa: PLC0415 - it needs this module
 
         evaluate_held(project, [id for id in ids if not _failed(project, id)], hub, report, force, cards=False)
-    changed = render_cards(project, seen.base) if "card" not in skip else set()
+    cards = render_cards(project, seen.base) if "card" not in skip else Cards(frozenset(), {})
+    changed, faults = cards.changed, cards.faults
     for id in sorted(changed, key=list(seen.rungs).index):
         report.line(f"{id}: card written")
     outcomes = [
-        Outcome(id, id in stale, id in smoked, id in benched, id in changed, _failed(project, id))
+        Outcome(id, id in stale, id in smoked, id in benched, id in changed, _failed(project, id), faults.get(id))
         for id in seen.rungs
-        if id in ids or id in changed
+        if id in ids or id in changed or id in faults
     ]
-    if not (stale or smoked or benched or changed):
+    if not (stale or smoked or benched or changed or faults):
         report.line("nothing to do: all is current")
     return outcomes
 
@@ -461,13 +479,16 @@ def remeasure(project: Project, ids: Sequence[str], step: str, hub: Callable[[],
     wanted = {id: Wanted(m, step == "smoke", step == "bench") for id in ids if (m := seen.rungs[id].manifest)}
     done = measure_all(project, seen.base, wanted, report)
     try:
-        changed = render_cards(project, seen.base)
+        cards = render_cards(project, seen.base)
     except InputError as e:
         if not any(failure(m.smoke) for m in done.values()):
             raise
         report.line(f"cards not rendered: {e}")  # what cannot be loaded cannot be described; the verdict is the answer
-        changed = set()
-    return [Outcome(id, False, bool(m.smoke), bool(m.bench), id in changed, failure(m.smoke)) for id, m in done.items()]
+        cards = Cards(frozenset(), {})
+    return [
+        Outcome(id, False, bool(m.smoke), bool(m.bench), id in cards.changed, failure(m.smoke), cards.faults.get(id))
+        for id, m in done.items()
+    ]
 
 
 def require_built(project: Project, id: str) -> Manifest:
@@ -477,11 +498,17 @@ def require_built(project: Project, id: str) -> Manifest:
     return manifest
 
 
-def card_texts(project: Project, base: Path, ids: Sequence[str] | None = None) -> dict[str, str]:
-    """The card of every built variant, as it would be rendered now."""
+def card_texts(project: Project, base: Path, ids: Sequence[str] | None = None) -> tuple[dict[str, str], dict[str, str]]:
+    """The card of every built variant, as it would be rendered now; why, in one line, of those that cannot be."""
     facts, templates = gather(project, base), card_templates(project)
     built = [id for id in ids or project.ladder.variants if read_manifest(project, id) and not facts.variant(id).error]
-    return {id: render(facts, id, templates) for id in built}
+    texts, faults = {}, {}
+    for id in built:
+        try:
+            texts[id] = render(facts, id, templates)
+        except CardFault as e:
+            faults[id] = str(e)
+    return texts, faults
 
 
 def card_figures(project: Project, base: Path, ids: Sequence[str] | None = None) -> dict[str, list[str]]:
@@ -498,23 +525,28 @@ def card_figures(project: Project, base: Path, ids: Sequence[str] | None = None)
     }
 
 
-def render_cards(project: Project, base: ResolvedBase, ids: Sequence[str] | None = None) -> set[str]:
-    """Write the cards, pictures and provenance that differ from what is on disk; returns whose."""
-    changed = set()
+def render_cards(project: Project, base: ResolvedBase, ids: Sequence[str] | None = None) -> Cards:
+    """Write the cards, pictures and provenance that differ from what is on disk. One that cannot be rendered without a loss
+    stays as it is, and does not keep the others from it."""
+    changed, faults = set(), {}
     facts, templates = gather(project, base.folder), card_templates(project)
     for id in ids or project.ladder.variants:
         manifest = read_manifest(project, id)
         if not manifest or facts.variant(id).error:
             continue
-        text = render(facts, id, templates)
+        path = project.store.variant(id) / "README.md"
+        discard_leftovers(path)
+        try:
+            text, old = render(facts, id, templates), read_card(path)
+        except CardFault as e:
+            faults[id] = str(e)
+            continue
         # the picture first: a card never shows one that is not there yet
         if card_figure.write(project.store.variant(id), figure(facts, id)):
             changed.add(id)
-        path = project.store.variant(id) / "README.md"
-        discard_leftovers(path)
-        if read_card(path) != text:
+        if old != text:
             write_text(path, text)
             changed.add(id)
         if provenance.write(project.store.variant(id), provenance.expected(project, manifest)):
             changed.add(id)
-    return changed
+    return Cards(frozenset(changed), faults)

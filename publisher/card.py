@@ -27,7 +27,7 @@ from .card_facts import Facts, gather
 from .card_figure import Figure
 from .card_format import FILTERS
 from .card_metadata import metadata_faults
-from .card_notes import split, with_notes
+from .card_notes import CardFault, split, with_notes
 from .card_quality_view import quality_name, quality_view
 from .card_sandbox import TEMPLATE_BYTES, Sandbox
 from .card_view import row_label, view
@@ -40,7 +40,8 @@ SNIPPET = re.compile(r"^<!-- snippet: ([\w-]+) -->\n(`{3,})(\w+)\n(.*?)^\2$", re
 
 
 def render(facts: Facts, id: str, templates: Path | None = None) -> str:
-    """The card of one variant. templates: the user's folder. Raises InputError, also for any fault of a template."""
+    """The card of one variant. templates: the user's folder. Raises InputError, also for any fault of a template; CardFault
+    for notes in the present card that cannot be kept."""
     card = view(facts, id)
     env = Sandbox(
         jinja2.FunctionLoader(lambda name: _load(name, templates)),
@@ -50,10 +51,13 @@ def render(facts: Facts, id: str, templates: Path | None = None) -> str:
         text = env.text(ENTRY, card=card, facts=facts)
     except (*TEMPLATE_ERRORS, yaml.YAMLError) as e:
         raise InputError(_explain(e)) from None
+    notes = facts.variant(id).notes
+    if notes and notes.fault:
+        raise CardFault(notes.fault)  # it names the file
     try:
-        return with_notes(_tidy(text), facts.variant(id).notes)
+        return with_notes(_tidy(text), notes)
     except InputError as e:
-        raise InputError(f"{id}: {e}") from None
+        raise CardFault(f"{id}: {e}") from None
 
 
 def figure(facts: Facts, id: str) -> Figure | None:

@@ -21,6 +21,10 @@ NOTES_BYTES = 64 << 10
 MARK = re.compile(r"^[ \t]*<!--[ \t]*notes:(begin|end)[ \t]*-->[ \t]*(?:\r?\n|\Z)", re.M)
 
 
+class CardFault(InputError):
+    """A card that cannot be rendered again without losing what is in its file; its siblings' can."""
+
+
 @dataclass(frozen=True)
 class Notes:
     """text: what stands between the two lines, the last line's end included. fault: why it cannot be kept."""
@@ -61,20 +65,20 @@ class Merge:
 
 
 def read_card(path: Path) -> str | None:
-    """A card as it is, line ends included; None if there is none. Raises InputError if it is not UTF-8, or too large."""
+    """A card as it is, line ends included; None if there is none. Raises CardFault if it is not UTF-8, or too large."""
     try:
         with open(path, "rb") as f:
             data = f.read(CARD_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as e:
-        raise InputError(f"{_name(path)}: cannot be read ({e.strerror or e}); delete it to render it again") from None
+        raise CardFault(f"{_name(path)}: cannot be read ({e.strerror or e}); delete it to render it again") from None
     if len(data) > CARD_BYTES:
-        raise InputError(f"{_name(path)}: larger than {CARD_BYTES} bytes; delete it to render it again")
+        raise CardFault(f"{_name(path)}: larger than {CARD_BYTES} bytes; delete it to render it again")
     try:
         return data.decode()
     except UnicodeDecodeError as e:
-        raise InputError(
+        raise CardFault(
             f"{_name(path)}: cannot be read (not UTF-8 at byte {e.start}); delete it to render it again"
         ) from None
 

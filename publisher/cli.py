@@ -216,7 +216,7 @@ def calibrate(options: Options, force: bool) -> None:
     "--jobs",
     type=click.IntRange(1, 256),
     metavar="N",
-    help="Pieces quantized at once, else one a core, 8 at most; fewer take less memory.",
+    help="Pieces quantized at once; fewer take less memory. Default: one a core, at most 8.",
 )
 @click.option("--push", "pushing", is_flag=True, help="Push what passes, without asking; upload while others are made.")
 @click.option("--private", is_flag=True, help="With --push: new repos stay private.")
@@ -242,6 +242,7 @@ def build(
     """Quantize, smoke-test, benchmark and document what is not current. A killed build resumes."""
     from . import show
     from .build import build as run
+    from .build import refuse_faults
 
     project = options.project
     chosen = project.select(ids, all_variants)
@@ -270,6 +271,7 @@ def build(
     failed = [o for o in outcomes if o.failed]
     if failed:
         raise CheckFailed("; ".join(f"{o.id}: smoke test failed: {o.failed}" for o in failed))
+    refuse_faults({o.id: o.card_fault for o in outcomes if o.card_fault})
 
 
 def _shares(options: Options, chosen: Sequence[str], text: str, pushing: bool) -> dict[str, Any]:
@@ -293,14 +295,16 @@ def _shares(options: Options, chosen: Sequence[str], text: str, pushing: bool) -
 def merge(options: Options, folders: tuple[Path, ...], move: bool) -> None:
     """Take over what other hosts built (build --shard), from their output folders. A killed merge resumes."""
     from . import show
+    from .build import refuse_faults
     from .merge import merge as run
 
     done = run(options.project, folders, options.hub, options.report, move)
     options.show(show.merged_json(done), lambda: show.merged_text(done))
     if done.wrong:
-        raise CheckFailed("; ".join(f"{p.id} of {p.folder}: not taken: {p.detail}" for p in done.wrong))
+        raise CheckFailed(show.not_taken(done.wrong))
     if done.stale:
-        raise GateRefused("; ".join(f"{p.id} of {p.folder}: not taken: {p.detail}" for p in done.stale))
+        raise GateRefused(show.not_taken(done.stale))
+    refuse_faults(done.card_faults)
 
 
 @main.command()
@@ -353,7 +357,7 @@ def evaluate(
 
 def _again(options: Options, ids: tuple[str, ...], all_variants: bool, step: str) -> None:
     from . import show
-    from .build import remeasure
+    from .build import refuse_faults, remeasure
 
     project = options.project
     outcomes = remeasure(project, project.select(ids, all_variants), step, options.hub, options.report)
@@ -364,6 +368,7 @@ def _again(options: Options, ids: tuple[str, ...], all_variants: bool, step: str
     failed = [o for o in outcomes if o.failed]
     if failed and step == "smoke":
         raise CheckFailed("; ".join(f"{o.id}: smoke test failed: {o.failed}" for o in failed))
+    refuse_faults({o.id: o.card_fault for o in outcomes if o.card_fault})
 
 
 @main.command()
@@ -375,7 +380,7 @@ def card(options: Options, ids: tuple[str, ...], all_variants: bool, check: bool
     """Render model cards again from recorded results. Weights are not touched."""
     from . import show
     from .base import resolve_base
-    from .build import card_figures, card_texts, render_cards, require_built
+    from .build import card_figures, card_texts, refuse_faults, render_cards, require_built
 
     project = options.project
     chosen = project.select(ids, all_variants or check)
@@ -384,14 +389,14 @@ def card(options: Options, ids: tuple[str, ...], all_variants: bool, check: bool
     base = resolve_base(project, options.hub, weights=False)
     if not check:
         with project.store.lock("card"):
-            changed = render_cards(project, base, chosen)
-        options.show(
-            {"changed": [i for i in chosen if i in changed]}, lambda: show.cards_text(project, chosen, changed)
-        )
+            done = render_cards(project, base, chosen)
+        options.show(show.cards_json(chosen, done), lambda: show.cards_text(project, chosen, done))
+        refuse_faults(done.faults)
         return
-    texts = card_texts(project, base.folder, chosen)
+    texts, faults = card_texts(project, base.folder, chosen)
     stale = show.card_diffs(project, texts, card_figures(project, base.folder, chosen))
-    options.show({"stale": stale}, lambda: "\n".join(stale.values()) if stale else f"{len(texts)} cards are current")
+    options.show({"stale": stale, "faults": faults}, lambda: show.card_check_text(len(texts), stale))
+    refuse_faults(faults)
     if stale:
         raise CheckFailed(f"cards not current: {', '.join(stale)}; run: publish card --all")
 

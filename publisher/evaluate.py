@@ -25,7 +25,7 @@ from quant.source import source_hash_of
 
 from .base import ResolvedBase, known_source_hash, remember_source_hash, resolve_base
 from .bench import device
-from .build import render_cards, require_built
+from .build import refuse_faults, render_cards, require_built
 from .evaluate_corpora import NGRAM, Corpus, chat_corpus, check_overlap, contents_of, read_conversations, text_corpus
 from .evaluate_figures import Paired, paired
 from .evaluate_teacher import COMPUTE, Reference, agreement, final_states, out_of_memory
@@ -121,7 +121,7 @@ def evaluate_held(
     if not measured:
         report.line("nothing to measure: all is current")
     elif cards:
-        render_cards(project, resolve_base(project, hub, weights=False))
+        refuse_faults(render_cards(project, resolve_base(project, hub, weights=False)).faults)
     return measured
 
 

@@ -28,11 +28,18 @@ OURS = (LADDER, LOCK, f"{FOLDER}/results/build.json", f"{FOLDER}/results/bench.j
 NAME = re.compile(r"\w(?:[\w.\-]*\w)?", re.ASCII)
 
 
-def gate(project: Project, id: str, *, expected_card: str | None = None, stale: Sequence[str] = ()) -> list[str]:
+def gate(
+    project: Project,
+    id: str,
+    *,
+    expected_card: str | None = None,
+    card_fault: str | None = None,
+    stale: Sequence[str] = (),
+) -> list[str]:
     """Reasons not to publish a variant; none: it may go. Raises nothing about what it finds.
 
-    expected_card: the card as it would be rendered now, if the caller has it. stale: what the caller knows to be of
-    other inputs than today's, each with its next step; told where there is something built at all.
+    expected_card: the card as it would be rendered now, if the caller has it; card_fault: why it cannot be. stale: what
+    the caller knows to be of other inputs than today's, each with its next step; told where there is something built at all.
     """
     refusals = _names(project, id)
     folder = project.store.variant(id)
@@ -58,7 +65,8 @@ def gate(project: Project, id: str, *, expected_card: str | None = None, stale: 
     files = {f.path for f in manifest.files} | {
         p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
     }
-    refusals += _card(folder, id, expected_card, project.repo(id), files, card_command(project, id, manifest))
+    command = card_command(project, id, manifest)
+    refusals += _card(folder, id, expected_card, card_fault, project.repo(id), files, command)
     return refusals
 
 
@@ -136,7 +144,9 @@ def card_faults(text: str, repo: str, files: Set[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _card(folder: Path, id: str, expected: str | None, repo: str, files: Set[str], command: str) -> list[str]:
+def _card(
+    folder: Path, id: str, expected: str | None, unkept: str | None, repo: str, files: Set[str], command: str
+) -> list[str]:
     path = folder / "README.md"
     try:
         if path.stat().st_size > CARD_BYTES:
@@ -152,7 +162,9 @@ def _card(folder: Path, id: str, expected: str | None, repo: str, files: Set[str
     try:
         block = split(text)
     except InputError as e:
-        return [*refusals, f"{id}: README.md: {e}"]
+        return [*refusals, unkept or f"{id}: README.md: {e}"]
+    if unkept:
+        refusals.append(unkept)
     for fault in card_faults(text, repo, files):
         line = re.match(r"line (\d+)", fault)
         theirs = block is not None and line is not None and int(line[1]) in block.lines

@@ -11,7 +11,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,12 +20,23 @@ from inference.errors import InputError, PublishError
 HOLDER_BYTES = 300
 
 
-def take(file: IO[Any], wait: bool = False) -> bool:
-    """Whether an open file's lock is ours now; it stays so until the file is closed."""
+class NoLocks(InputError):
+    """A file system that has no `flock`, as some network and FUSE mounts."""
+
+
+def take(file: IO[Any], wait: bool = False, shared: bool = False) -> bool:
+    """Whether an open file's lock is ours now; it stays so until the file is closed. False: another process holds it.
+
+    shared: beside others that share it. Raises NoLocks where the file system has none.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
         return False
+    except OSError as e:
+        raise NoLocks(
+            f"{file.name}: this file system has no locks ({e.strerror}); choose an output on one that has"
+        ) from None
     return True
 
 
@@ -34,6 +45,7 @@ def hold(file: IO[Any], doing: str, busy: Callable[[str], PublishError]) -> Iter
     """Hold the lock of a file that is open for reading and writing, which says what is done meanwhile, and by whom.
 
     busy: makes the error to raise if another process holds it, of what that one is doing, "" if it did not say yet.
+    Raises NoLocks as `take` does.
     """
     handle = file.fileno()
     if not take(file):
@@ -53,7 +65,7 @@ def hold(file: IO[Any], doing: str, busy: Callable[[str], PublishError]) -> Iter
 def repo_lock(cache: Path, endpoint: str, repo: str) -> Iterator[None]:
     """One publisher on this machine at a time for a repo of the Hub, from whatever output folder: the lock of an output
     folder cannot see another one. Between machines the parent of a commit decides, and so it does here where no lock file
-    can be written.
+    can be written, or none be locked.
 
     cache: of `hf`, which all projects of a user share. Raises InputError if another process holds it.
     """
@@ -70,5 +82,7 @@ def repo_lock(cache: Path, endpoint: str, repo: str) -> Iterator[None]:
         told = f" ({who})" if who else ""
         return InputError(f"{repo}: another publish on this machine is pushing to it{told}; wait for it to end")
 
-    with file, hold(file, "push", busy):
+    with file, ExitStack() as held:
+        with suppress(NoLocks):
+            held.enter_context(hold(file, "push", busy))
         yield

@@ -12,7 +12,6 @@ Peak disk: links take nothing; of copies, one variant beside what it replaces.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import BaseModel
 
@@ -35,6 +34,7 @@ from .card_notes import Notes, read_notes
 from .costing import COSTS, current, solver_of
 from .fetch import check_disk
 from .ladder import LadderBook
+from .locks import hold, take
 from .plan import VariantPlan
 from .protocol import BENCH_VERSION, SMOKE_VERSION, bench_settings, ceiling, smoke_settings
 from .provenance import RESULTS
@@ -83,13 +83,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did. others: lines about statistics and receipts. cards: variants whose card changed. absent: variants
-    of the ladder that are not here."""
+    """What a merge did. others: lines about statistics and receipts. cards: variants whose card changed; card_faults: why
+    one could not be rendered. absent: variants of the ladder that are not here. empty: folders that had no variant."""
 
     parts: tuple[Part, ...]
     others: tuple[str, ...]
     cards: tuple[str, ...]
     absent: tuple[str, ...]
+    card_faults: dict[str, str]
+    empty: tuple[Path, ...]
 
     @property
     def wrong(self) -> list[Part]:
@@ -136,7 +138,12 @@ def merge(
         cards = render_cards(project, base)
     absent = [id for id in project.ladder.variants if read_manifest(project, id) is None]
     return Merged(
-        tuple(parts), tuple(others), tuple(id for id in project.ladder.variants if id in cards), tuple(absent)
+        tuple(parts),
+        tuple(others),
+        tuple(id for id in project.ladder.variants if id in cards.changed),
+        tuple(absent),
+        cards.faults,
+        tuple(root for root in dict.fromkeys(roots) if all(p.folder != root for p in parts)),
     )
 
 
@@ -159,19 +166,41 @@ def _root(project: Project, folder: Path) -> Path:
 
 @contextmanager
 def _at_rest(root: Path, alone: bool) -> Iterator[None]:
-    """While no build is at work there; a folder that was copied without its lock has none.
+    """While no build is at work there. alone: nor any begins, or another merge; else a folder that was copied without its
+    lock is read without one.
 
-    Raises InputError if one is.
+    Raises InputError if one is, or if the lock is no file that can be locked.
     """
-    path = root / ".lock"
-    with ExitStack() as stack:
-        if path.exists():
-            file = stack.enter_context(open(path, "a" if alone else "r"))
-            try:
-                fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{root}: another publish is at work there; wait for it to end") from None
+
+    def busy(who: str) -> InputError:
+        told = f" ({who})" if who else ""
+        return InputError(f"{root}: another publish is at work there{told}; wait for it to end")
+
+    file = _lock_file(root / ".lock", alone)
+    if file is None:
         yield
+        return
+    with file:
+        if alone:
+            with hold(file, "merge --move", busy):
+                yield
+        elif take(file, shared=True):
+            yield
+        else:
+            raise busy("")
+
+
+def _lock_file(path: Path, write: bool) -> IO[bytes] | None:
+    """The lock of another host's folder, open; where there is none it is made to write, else None. Raises InputError."""
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise InputError(f"{path}: is no regular file; remove it")
+        flags = (os.O_RDWR | os.O_CREAT if write else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return open(path, "r+b" if write else "rb", 0, opener=lambda name, _: os.open(name, flags, 0o644))
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be opened ({e.strerror}), which a merge must, to lock it") from None
 
 
 def _read(path: Path, kind: type[Model]) -> Model | None:
@@ -240,14 +269,15 @@ def _bring(project: Project, base: ResolvedBase, root: Path, theirs: Manifest, r
     """Put a variant into place; says how. Raises _Unusable if it is not what its manifest says."""
     id, there = theirs.id, root / theirs.id
     check_places(project, base, [id])
-    staging = project.store.staging(id, digest({"merged": theirs.model_dump(mode="json")}))
+    # of this folder: what a killed merge took from it is never mistaken for another one's
+    staging = project.store.staging(id, digest({"merged": theirs.model_dump(mode="json"), "from": str(root)}))
     final = project.store.variant(id)
     report.line(f"{id}: {theirs.nbytes / 1e9:.3f} GB from {root}")
-    copied = _stage(there, staging / "files", theirs.files)
-    write_model(staging / "files" / "manifest.json", theirs)
-    if bad := next((c for c in verify_folder(staging / "files", theirs) if c.passed is False), None):
-        shutil.rmtree(staging)
-        raise _Unusable(f"{bad.name}: {bad.detail}")
+    with _discarded(staging):
+        copied = _stage(there, staging / "files", theirs.files)
+        write_model(staging / "files" / "manifest.json", theirs)
+        if bad := next((c for c in verify_folder(staging / "files", theirs) if c.passed is False), None):
+            raise _Unusable(f"{bad.name}: {bad.detail}")
     old = next((f for f in (final, replaced(final)) if f.is_dir()), None)
     if old:
         keep_own(old, staging / "files")
@@ -255,6 +285,16 @@ def _bring(project: Project, base: ResolvedBase, root: Path, theirs: Manifest, r
         _their_own(there, staging / "files")
     finish(staging, final)
     return f"{copied / 1e9:.3f} GB copied" if copied else "hard links"
+
+
+@contextmanager
+def _discarded(staging: Path) -> Iterator[None]:
+    """Nothing stays of what proves unusable; what a kill or a full disk cut short does, for the run that goes on."""
+    try:
+        yield
+    except _Unusable:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _stage(there: Path, files: Path, entries: Sequence[FileEntry]) -> int:
@@ -418,15 +458,19 @@ def _bring_statistics(project: Project, folder: Path, record: CalibrationRecord,
     try:
         if known is None or known.key != record.key:
             report.line(f"statistics {final.name}: {record.nbytes / 1e9:.2f} GB from {folder.parents[1]}")
-            staging = project.store.staging("statistics", record.key)
-            _stage(folder, staging / "files", record.files)
-            for entry in record.files:
-                if sha256_file(staging / "files" / entry.path) != entry.sha256:
-                    shutil.rmtree(staging)
-                    raise _Unusable(f"{entry.path} is not what {RECORD} says")
-            write_model(staging / "files" / RECORD, record)
-            Statistics(staging / "files")
+            staging = project.store.staging("statistics", digest({"merged": record.key, "from": str(folder)}))
+            with _discarded(staging):
+                _stage(folder, staging / "files", record.files)
+                for entry in record.files:
+                    if sha256_file(staging / "files" / entry.path) != entry.sha256:
+                        raise _Unusable(f"{entry.path} is not what {RECORD} says")
+                write_model(staging / "files" / RECORD, record)
+                try:
+                    Statistics(staging / "files")
+                except (CheckpointError, InputError) as e:
+                    raise _Unusable(str(e)) from None
             finish(staging, final)
+            sweep(project, "statistics")  # what a killed merge took of another folder
             out.append(f"statistics {final.name}: came along")
         costs = _read(folder / COSTS, Costs)
         statistics, solver = Statistics(final), solver_of(project)

@@ -191,7 +191,7 @@ def _unaccounted(project: Project, hub: Hub, ids: Sequence[str]) -> dict[str, Pu
     """Variants whose card does not say yet that weights found on the hub are replaced."""
     if not ids:
         return {}
-    texts = card_texts(project, resolve_base(project, lambda: hub, weights=False).folder, ids)
+    texts, _ = card_texts(project, resolve_base(project, lambda: hub, weights=False).folder, ids)
     stale = [id for id in ids if texts.get(id) != read_card(project.store.variant(id) / "README.md")]
     return {
         id: GateRefused(

@@ -95,12 +95,13 @@ def prepare(project: Project, ids: Sequence[str], hub: Hub, choices: Choices = C
 def refused(project: Project, ids: Sequence[str], hub: Hub) -> dict[str, list[str]]:
     """What the gate says against each variant."""
     seen = survey(project, lambda: hub, cards=False, ids=ids)
-    cards, figures = card_texts(project, seen.base.folder, ids), card_figures(project, seen.base.folder, ids)
+    (cards, faults), figures = card_texts(project, seen.base.folder, ids), card_figures(project, seen.base.folder, ids)
     return {
         id: gate(
             project,
             id,
             expected_card=cards.get(id),
+            card_fault=faults.get(id),
             stale=[
                 *_stale(project, seen.rungs[id]),
                 *(f"{line}; run `publish card {id}`" for line in figures.get(id, ())),

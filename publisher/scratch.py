@@ -15,7 +15,7 @@ from pathlib import Path
 
 from inference.errors import ResourceError
 
-from .locks import take
+from .locks import NoLocks, take
 
 LOCK = ".lock"
 PREFIX = "publish"
@@ -34,7 +34,8 @@ def scratch(kind: str, parent: Path | None = None) -> Iterator[Path]:
         raise ResourceError(f"{parent}: cannot be written to ({e.strerror})") from None
     try:
         with open(root / LOCK, "w") as lock:
-            take(lock, wait=True)
+            with suppress(NoLocks):  # then no other run takes it either, so none removes this folder
+                take(lock, wait=True)
             (root / "work").mkdir()
             yield root / "work"
     finally:
@@ -44,7 +45,7 @@ def scratch(kind: str, parent: Path | None = None) -> Iterator[Path]:
 def _sweep(parent: Path, kind: str) -> None:
     """Remove what killed runs left here, of this user."""
     for left in parent.glob(f"{PREFIX}-{kind}-*"):
-        with suppress(OSError):
+        with suppress(OSError, NoLocks):
             if left.is_symlink() or left.stat().st_uid != os.getuid():
                 continue
             with open(left / LOCK) as lock:

@@ -23,11 +23,11 @@ from .survey import Rung, Survey, read_manifest, read_quality
 from .variants import Project
 
 if TYPE_CHECKING:
-    from .build import Outcome
+    from .build import Cards, Outcome
     from .calibrate import Calibrated
     from .drift import BaseDrift
     from .evaluate_figures import Paired
-    from .merge import Merged
+    from .merge import Merged, Part
     from .push import PushPlan, RemoteState
     from .push_plan import LocalFile
     from .release import Released
@@ -392,6 +392,7 @@ def outcomes_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
                 "benched": o.benched,
                 "card_changed": o.card,
                 "smoke_failed": o.failed,
+                "card_fault": o.card_fault,
             }
             for o in outcomes
         ]
@@ -441,16 +442,28 @@ def merged_json(done: Merged) -> dict[str, Any]:
         ],
         "others": list(done.others),
         "cards_changed": list(done.cards),
+        "card_faults": done.card_faults,
         "absent": list(done.absent),
+        "empty": [str(folder) for folder in done.empty],
     }
 
 
+def not_taken(parts: Sequence[Part]) -> str:
+    """Why, as the error of a merge."""
+    return "; ".join(f"{p.id} of {p.folder}: not taken: {p.detail}" for p in parts)
+
+
 def merged_text(done: Merged) -> str:
+    told = [*done.wrong, *([] if done.wrong else done.stale)]  # by the error that follows
     rows = [
-        (p.id, str(p.folder), p.state, p.weights_hash[:12] or "–", ", ".join(p.results) or "none", p.detail)
+        (
+            p.id, str(p.folder), p.state, p.weights_hash[:12] or "–", ", ".join(p.results) or "none",
+            "see the error" if p in told else p.detail,
+        )
         for p in done.parts
-    ]
+    ]  # fmt: skip
     lines = [table(("variant", "from", "result", "weights", "results taken", "detail"), rows)] if rows else []
+    lines += [f"{folder}: nothing to take, it holds no variant" for folder in done.empty]
     lines += done.others
     if done.cards:
         lines.append(f"cards rendered again: {', '.join(done.cards)}")
@@ -498,12 +511,24 @@ def results_text(project: Project, ids: Sequence[str], step: str) -> str:
     return table(titles, rows, right=(1, 3, 4, 5))
 
 
-def cards_text(project: Project, ids: Sequence[str], changed: Iterable[str]) -> str:
-    changed = set(changed)
-    built = [i for i in ids if read_manifest(project, i)]
-    return (
-        "\n".join(f"{i}: {'card written' if i in changed else 'card was current'}" for i in built) or "nothing is built"
-    )
+def cards_json(ids: Sequence[str], done: Cards) -> dict[str, Any]:
+    return {"changed": [i for i in ids if i in done.changed], "faults": done.faults}
+
+
+def cards_text(project: Project, ids: Sequence[str], done: Cards) -> str:
+    def what(id: str) -> str:
+        if id in done.faults:
+            return "card not rendered"
+        return "card written" if id in done.changed else "card was current"
+
+    return "\n".join(f"{i}: {what(i)}" for i in ids if read_manifest(project, i)) or "nothing is built"
+
+
+def card_check_text(rendered: int, stale: Mapping[str, str]) -> str:
+    """rendered: how many cards could be compared."""
+    if stale:
+        return "\n".join(stale.values())
+    return "1 card is current" if rendered == 1 else f"{rendered} cards are current"
 
 
 def card_diffs(project: Project, texts: Mapping[str, str], figures: Mapping[str, Sequence[str]]) -> dict[str, str]:

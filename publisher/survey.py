@@ -259,7 +259,7 @@ def _cards(project: Project, base: ResolvedBase, rungs: dict[str, Rung]) -> list
     from . import provenance  # noqa: PLC0415
     from .card import figure, gather, render  # noqa: PLC0415 - jinja2 only where cards are looked at
     from .card_figure import faults  # noqa: PLC0415
-    from .card_notes import read_card  # noqa: PLC0415
+    from .card_notes import CardFault, read_card  # noqa: PLC0415
 
     templates = card_templates(project)
     facts = gather(project, base.folder)
@@ -267,20 +267,19 @@ def _cards(project: Project, base: ResolvedBase, rungs: dict[str, Rung]) -> list
     for id, rung in rungs.items():
         reasons = list(rung.state.card)
         if rung.manifest:
-            path = project.store.variant(id) / "README.md"
-            text, notes = read_card(path), facts.variant(id).notes
-            if facts.variant(id).error:
-                reasons = ["weights are stale"]
-            elif notes and notes.fault:
-                reasons = [notes.fault]
-            elif text is None:
-                reasons = ["not rendered"]
-            elif text != render(facts, id, templates):
-                reasons = ["differs from what would be rendered"]
-            else:
-                folder = project.store.variant(id)
-                reasons = faults(folder, figure(facts, id))
-                reasons += provenance.faults(folder, provenance.expected(project, rung.manifest))
+            folder = project.store.variant(id)
+            try:
+                if facts.variant(id).error:
+                    reasons = ["weights are stale"]
+                elif (text := read_card(folder / "README.md")) is None:
+                    reasons = ["not rendered"]
+                elif text != render(facts, id, templates):
+                    reasons = ["differs from what would be rendered"]
+                else:
+                    reasons = faults(folder, figure(facts, id))
+                    reasons += provenance.faults(folder, provenance.expected(project, rung.manifest))
+            except CardFault as e:
+                reasons = [str(e)]
         out.append((rung, reasons))
     return out
 

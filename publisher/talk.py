@@ -20,6 +20,7 @@ from .store import read_model
 from .variants import load_project
 
 GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+EXPECTED = "expected a variant's id, or a folder that holds one"
 HELP = "Ctrl-D leaves; /new starts over"
 
 
@@ -28,7 +29,11 @@ def find_folder(file: Path, name: str) -> Path:
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return path
+    if "/" in name:  # no id has one
+        raise InputError(f"{name}: {'no config.json in it' if path.is_dir() else 'no such folder'}; {EXPECTED}")
     project = load_project(file)
+    if path.is_dir() and name not in project.ladder.variants:
+        raise InputError(f"{name}: no variant of {project.path.name}, and no config.json in the folder; {EXPECTED}")
     (id,) = project.select([name])
     folder = project.store.variant(id)
     if not (folder / "config.json").is_file():

@@ -250,6 +250,7 @@ def load_project(path: Path) -> Project:
         if (size := project.size(id)) and size.kind == "as":
             project.like(id)
     _check_files(project, lines)
+    _check_output(project)
     _check_names(project)
     return project
 
@@ -424,6 +425,22 @@ def _check_names(project: Project) -> None:
             keys = ("variants", id, "repo") if spec.repo else ("repo",)
             hint = "" if spec.repo else "; expected a pattern with {id} in it"
             raise InputError(f"{project.at(*keys)}: {taken} and {id} would both be {repo}{hint}")
+
+
+def _check_output(project: Project) -> None:
+    """The output folder is one of its own: files of a build are not scattered among those of a person."""
+    out = project.local(project.ladder.output)
+    around = {
+        folder
+        for start in (project.folder.resolve(), project.path.resolve().parent)
+        for folder in (start, *start.parents)
+    }
+    if out in around or (out / "variants.yaml").exists():
+        what = "is the root" if out == out.parent else "holds a variants.yaml, or a folder with one"
+        raise InputError(
+            f"{project.at('output')}: found {_short(project.ladder.output)}, which {what}; expected a folder of its own, "
+            "such as build"
+        )
 
 
 def _check_files(project: Project, lines: dict[tuple[Any, ...], int]) -> None:

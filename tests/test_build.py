@@ -641,18 +641,19 @@ def test_a_chat_beyond_the_context_names_the_keys_to_lower(ladder, publish):
 
 def test_a_folder_that_no_build_made_is_never_replaced(ladder, publish):
     own_base(ladder)
-    thesis = ladder / "docs/thesis.txt"
-    thesis.parent.mkdir()
+    thesis = ladder / "out/docs/thesis.txt"
+    thesis.parent.mkdir(parents=True)
     thesis.write_text("years of work")
-    text = (ladder / "variants.yaml").read_text()
+    (ladder / "model").rename(ladder / "out/model")
+    text = (ladder / "variants.yaml").read_text().replace("path: model", "path: out/model")
     (ladder / "variants.yaml").write_text(
-        re.sub(r"variants:.*", "output: .\nvariants:\n  docs: {bits: 4}\n  model: {bits: 4}\n", text, flags=re.S)
+        re.sub(r"variants:.*", "output: out\nvariants:\n  docs: {bits: 4}\n  model: {bits: 4}\n", text, flags=re.S)
     )
-    before = {p: p.read_bytes() for p in (ladder / "model").iterdir()}
+    before = {p: p.read_bytes() for p in (ladder / "out/model").iterdir()}
     for id in ("docs", "model"):
-        publish("build", id, cwd=ladder).refused(2)
+        assert str(ladder / "out" / id) in publish("build", id, cwd=ladder).refused(2)
     assert thesis.read_text() == "years of work"
-    assert {p: p.read_bytes() for p in (ladder / "model").iterdir()} == before
+    assert {p: p.read_bytes() for p in (ladder / "out/model").iterdir()} == before
 
 
 def test_a_file_of_somebody_elses_in_a_variants_folder_stops_a_rebuild(ladder, publish):

@@ -87,18 +87,18 @@ def test_notes_are_kept_byte_for_byte(project: Project, dense: Path, card: Path,
     before = card.read_bytes()
     assert rendered(project, dense).encode() == before
     assert rendered(project, dense).encode() == before
-    assert card_texts(project, dense)["Q4_K_XL"].encode() == before, "not stale"
+    assert card_texts(project, dense)[0]["Q4_K_XL"].encode() == before, "not stale"
 
 
 def test_a_card_that_changes_keeps_its_notes(root: Path, card: Path) -> None:
     write_notes(card, HOSTILE)
     project = ladder(root, YAML + "card: {intro: A new sentence.}\n")
     resolved = resolve_base(project, lambda: pytest.fail("no hub"), weights=False)
-    assert render_cards(project, resolved) == {"Q4_K_XL"}
+    assert render_cards(project, resolved).changed == {"Q4_K_XL"}
     text = card.read_bytes().decode()
     assert "A new sentence." in text
     assert split(text).notes == HOSTILE  # type: ignore[union-attr]
-    assert render_cards(project, resolved) == set(), "a card with line ends of its own is not stale"
+    assert not render_cards(project, resolved).changed, "a card with line ends of its own is not stale"
 
 
 def test_notes_never_run_as_a_template(project: Project, dense: Path, card: Path) -> None:

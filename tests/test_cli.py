@@ -162,6 +162,37 @@ def test_card_check_shows_the_difference_and_exits_1(ladder, publish):
     assert "## Use it" in path.read_text()  # --check writes nothing
     assert "Q4_K_XL: card written" in publish("card", "--all", cwd=ladder).ok().out
     publish("card", "--check", cwd=ladder).ok()
+    assert publish("card", "Q4_K_XL", "--check", cwd=ladder).ok().out == "1 card is current\n"
+
+
+def test_one_faulty_card_stops_no_other_and_is_told_in_one_line(ladder, publish, hub, online):
+    out = ladder / "build"
+    ids = sorted(p.parent.name for p in out.glob("*/manifest.json"))
+    bad, other, *_ = ids
+    card = out / bad / "README.md"
+    card.write_text(card.read_text().replace("<!-- notes:end -->\n", ""))
+    kept = card.read_bytes()
+    whole = (out / other / "README.md").read_text()
+    (out / other / "README.md").write_text("gone")
+    fault = (
+        rf"{bad}/README\.md: line \d+: notes:begin without a notes:end; add the line <!-- notes:end --> after the notes"
+    )
+    checked = publish("card", "--all", "--check", "--json", cwd=ladder)
+    assert re.fullmatch(fault, checked.refused(3))
+    assert list(json.loads(checked.out)["stale"]) == [other]
+    ran = publish("card", "--all", cwd=ladder)
+    assert re.fullmatch(fault, ran.refused(3))
+    assert f"{bad}: card not rendered" in ran.out
+    assert f"{other}: card written" in ran.out
+    assert card.read_bytes() == kept
+    assert (out / other / "README.md").read_text() == whole
+    assert re.fullmatch(fault, publish("push", *ids, "--yes", cwd=ladder, env=online).refused(3))
+    assert publish("build", bad, "--skip", "bench", cwd=ladder).refused(3).startswith(f"{bad}/README.md: ")
+    (out / other / "README.md").write_text("<!-- notes:end -->\n")
+    ran = publish("push", *ids, "--yes", cwd=ladder, env=online)
+    assert ran.code == 3
+    told = ran.err.splitlines()[-2:]
+    assert [line.split("/")[0].strip() for line in told] == [bad, other]
 
 
 def test_every_command_explains_itself(tmp_path, publish):
@@ -196,6 +227,16 @@ def test_chat_reads_questions_from_stdin_and_remembers(built, publish):
 def test_chat_takes_any_folder_with_a_variant_or_the_base(built, publish, tmp_path):
     for folder in (built / "build/Q2_K_XL", EXAMPLE / "model"):
         assert publish("chat", str(folder), "--prompt", "x", "--max-tokens", "3", cwd=tmp_path).ok().out.strip()
+
+
+def test_chat_with_a_folder_that_holds_no_model_says_so(built, publish, tmp_path):
+    (tmp_path / "empty").mkdir()
+    told = publish("chat", str(tmp_path), cwd=tmp_path).refused(2)
+    assert told.startswith(f"{tmp_path}: no config.json in it; expected a variant's id")
+    assert publish("chat", "./nowhere", cwd=tmp_path).refused(2).startswith("./nowhere: no such folder; ")
+    told = publish("chat", "build", cwd=built).refused(2)
+    assert told.startswith("build: no variant of variants.yaml, and no config.json in the folder; ")
+    assert "did you mean Q4_K_XL?" in publish("chat", "Q4_K_X", cwd=built).refused(2)
 
 
 def test_init_then_build_works_as_it_stands_for_a_local_base(tmp_path, publish):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,11 @@ from conftest import EXAMPLE, environment, own_base, write_ladder
 import publisher.calibrate
 import publisher.merge
 from inference.checkpoint import read_header
+from inference.errors import InputError
+from publisher.build import Cards
+from publisher.locks import repo_lock
 from publisher.schema import Costs, History, Receipt
+from publisher.scratch import scratch
 from publisher.store import Store, model_text, read_model, write_model
 
 IDS = [f"Q{bits}_K_XL" for bits in (2, 3, 4, 5, 6, 8)]
@@ -75,7 +80,7 @@ def cards() -> None:
 def _no_cards(request, monkeypatch):
     """A quarter of a second each, which the others need not wait for."""
     if "cards" not in request.fixturenames:
-        monkeypatch.setattr(publisher.merge, "render_cards", lambda project, base: set())
+        monkeypatch.setattr(publisher.merge, "render_cards", lambda project, base: Cards(frozenset(), {}))
 
 
 @pytest.fixture
@@ -197,6 +202,9 @@ def test_what_is_stale_stays_out_and_says_why_and_the_rest_comes_in(publish, mai
     ran = publish("merge", "../one/build", "../two/build", "--json", cwd=main)
     assert f"{Q4} of {two[1]}: not taken: " in (said := ran.refused(3))
     assert "group_size: 64 → 32" in said
+    plain = publish("merge", "../one/build", "../two/build", cwd=main)
+    assert "group_size: 64 → 32" in plain.refused(3)
+    assert "group_size" not in plain.out  # the error has it
     assert states(ran) == dict.fromkeys(IDS, "added") | {Q4: "stale"}
     assert not (main / "build" / Q4).exists()
 
@@ -301,6 +309,39 @@ def test_what_is_not_as_its_manifest_says_stays_out(damage, publish, main, built
     assert not list(staging.iterdir())
 
 
+@pytest.mark.parametrize("copying", [False, True])
+def test_a_good_folder_is_not_blamed_for_the_bytes_of_a_bad_one(copying, publish, main, built, tmp_path, monkeypatch):
+    bad, _ = worker(built, tmp_path / "bad", Q4), worker(built, tmp_path / "good", Q4)
+    flip(shard(bad, Q4))
+    missing = bad / Q4 / manifest(bad, Q4)["files"][-1]["path"]
+    assert missing.suffix != ".safetensors"
+    missing.unlink()  # met after the weights were taken
+    if copying:
+        monkeypatch.setattr(publisher.merge, "_link", lambda *args: False)
+    ran = publish("merge", "../bad/build", "../good/build", "--json", cwd=main)
+    assert ran.refused(1).startswith(f"{Q4} of {bad}: not taken: ")
+    assert [v["state"] for v in json.loads(ran.out)["variants"]] == ["damaged", "added"]
+    publish("verify", Q4, cwd=main).ok()
+
+
+def test_what_a_killed_merge_took_of_a_bad_folder_is_not_taken_for_a_good_one(
+    publish, main, built, tmp_path, monkeypatch
+):
+    bad, good = worker(built, tmp_path / "bad", Q4), worker(built, tmp_path / "good", Q4)
+    flip(shard(bad, Q4))
+    with monkeypatch.context() as patch:
+
+        def killed(*args: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(publisher.merge, "verify_folder", killed)
+        assert publish("merge", "../bad/build", cwd=main).code == 130
+    assert list((main / "build/staging").rglob("*.safetensors"))
+    assert states(publish("merge", "../good/build", "--json", cwd=main).ok()) == {Q4: "added"}
+    assert os.path.samefile(shard(main / "build", Q4), shard(good, Q4))
+    assert not list((main / "build/staging").iterdir())
+
+
 def test_other_weights_of_the_same_inputs_are_a_conflict_that_names_both(publish, main, two):
     publish("merge", "../two/build", cwd=main).ok()
     ours = manifest(main / "build", Q4)["weights_hash"]
@@ -335,6 +376,75 @@ def test_a_folder_where_a_build_is_at_work_is_refused(publish, main, two):
     with Store(two[0]).lock("build"):
         assert "another publish is at work there" in publish("merge", "../one/build", cwd=main).refused(2)
     publish("merge", "../one/build", "../one/build", cwd=main).ok()
+
+
+def lock_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def lock_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def lock_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize("move", [(), ("--move",)])
+@pytest.mark.parametrize("lock", [lock_pipe, lock_folder, lock_link])
+def test_a_lock_that_is_no_file_is_refused_and_nobody_waits_for_it(lock, move, publish, main, two):
+    lock(two[0] / ".lock")
+    ran = publish("merge", "../one/build", *move, cwd=main)
+    assert ran.refused(2) == f"{two[0]}/.lock: is no regular file; remove it"
+    assert not (main / "build" / Q2).exists()
+
+
+def test_a_move_from_a_copy_without_a_lock_takes_one(publish, main, two, monkeypatch):
+    (two[0] / ".lock").unlink()
+    publish("merge", "../one/build", cwd=main).ok()
+    assert not (two[0] / ".lock").exists()  # it is only read
+    met = []
+
+    def move(project: object, root: Path) -> None:
+        with pytest.raises(InputError) as e, Store(root).lock("build"):
+            pass
+        met.append(str(e.value))
+
+    monkeypatch.setattr(publisher.merge, "_finish_moves", move)
+    publish("merge", "../one/build", "--move", cwd=main).ok()
+    assert len(met) == 1
+    assert "another publish is at work there (merge --move, process " in met[0]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_told_as_such(code, publish, main, two, monkeypatch):
+    real = fcntl.flock
+
+    def flock(file, how: int) -> None:
+        if str(file.name).startswith(str(two[0])):
+            raise OSError(code, os.strerror(code))
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    told = f"{two[0]}/.lock: this file system has no locks ({os.strerror(code)}); choose an output on one that has"
+    assert publish("merge", "../one/build", cwd=main).refused(2) == told
+    with pytest.raises(InputError) as e, Store(two[0]).lock("build"):
+        pass
+    assert str(e.value) == told
+
+
+def test_scratch_folders_and_the_hubs_cache_do_without_locks(tmp_path, monkeypatch):
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with repo_lock(tmp_path, "http://hub", "demo/x"), scratch("merge", tmp_path) as first:
+        with scratch("merge", tmp_path):
+            pass
+        assert first.is_dir()  # of a run at work, for all that another one can tell
 
 
 # ------------------------------------------------------------------------------------------------ killed
@@ -401,6 +511,8 @@ def test_moved_variants_are_deleted_there_once_they_are_here(publish, main, two)
     assert tree(two[1] / "results") == results
     publish("verify", *IDS[3:], cwd=main).ok()
     shutil.rmtree(two[1] / Q4)
+    said = publish("merge", "../two/build", "--move", cwd=main).ok().out
+    assert said.startswith(f"{two[1]}: nothing to take, it holds no variant\n")
     assert json.loads(publish("merge", "../two/build", "--move", "--json", cwd=main).ok().out)["variants"] == []
 
 

@@ -96,6 +96,27 @@ def test_a_mistake_is_one_line_with_place_finding_and_remedy(fault, folder, publ
     assert not ran.out
 
 
+@pytest.mark.parametrize("output", ["/", ".", "..", "../other", "./build/..", "{folder}", "link"])
+def test_output_is_a_folder_of_its_own(output, tmp_path, publish):
+    folder = tmp_path / "ladders/one"
+    folder.mkdir(parents=True)
+    (tmp_path / "ladders/other").mkdir()
+    (tmp_path / "ladders/other/variants.yaml").touch()
+    (folder / "model").symlink_to(EXAMPLE / "model")
+    (folder / "link").symlink_to(tmp_path)
+    path = folder / "variants.yaml"
+    text = "base: ./model\noutput: '{}'\nvariants:\n  Q4: {{bits: 4}}\n"
+    path.write_text(text.format(output.format(folder=folder)))
+    before = sorted(tmp_path.rglob("*"))
+    for command in ("plan", "build"):
+        told = publish(command, "Q4", cwd=folder).refused(2)
+        assert told.startswith("variants.yaml:2: output: found '"), told
+        assert "expected a folder of its own" in told
+    assert sorted(tmp_path.rglob("*")) == before
+    path.write_text(text.format("../build"))
+    publish("plan", cwd=folder).ok()
+
+
 def _mappings(model, path=()):
     """(path, model) of every mapping that variants.yaml may have; of a dict the key Q4, of a list the first entry."""
     yield path, model
