@@ -198,7 +198,7 @@ def test_what_fits_a_memory_leaves_room_for_caches_and_workspace(calibrated, pub
     checkpoint = read_checkpoint(EXAMPLE / "model")
     names = names_of(checkpoint.config)
     config = names.read_config(checkpoint.config)
-    taken = workspace_bound(config, names.targets(checkpoint)) + names.cache_nbytes(config, 8192)
+    taken = workspace_bound(checkpoint.config) + names.cache_nbytes(config, 8192)
     found = plan(publish, calibrated, "fits")["fits"]
     assert found["size"]["budget_nbytes"] == 323_400_000 - taken
 
