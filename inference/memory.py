@@ -106,26 +106,30 @@ def workspace_nbytes(
 
     IN_FLIGHT times what the widest layer holds: the results of its linears and what is made of them; conv and delta rule
     in float32; its matrices unpacked, on a backend that unpacks; the keys and values that its buffers grow out of. Experts
-    that are unpacked count once, since routing waits for the layer before. Beside these, attention scores of SCORE_BLOCKS
-    blocks and the logits of one token.
+    count once there, since routing waits for the layer before. Beside these, attention scores of SCORE_BLOCKS blocks and
+    the logits of one token.
     """
     names = names_of(config)
     cfg = names.read_config(config)
     size, t, unpacks = ITEMSIZE[compute], min(step, max(1, context)), backend != "metal"
     outputs: dict[str, int] = defaultdict(int)  # values a token, by layer
     unpacked: dict[str, int] = defaultdict(int)  # bytes of dense matrices
-    experts: dict[str, int] = defaultdict(int)
+    experts: dict[str, int] = defaultdict(int)  # bytes, where routing waits
     for name, shape, spec in _formats(config):
         if ".layers." not in name or not _is_matrix(shape):
             continue
         layer = name.split(".layers.")[1].split(".")[0]
-        if len(shape) == 3:  # the rows of the chosen experts are gathered, so what goes in counts as well
-            outputs[layer] += (MOST_PLACES if unpacks else 1) * cfg.num_experts_per_tok * sum(shape[1:])
-        else:
+        if len(shape) == 2:
             outputs[layer] += shape[0]
+        else:  # the rows of the chosen experts are gathered, so what goes in counts as well
+            routed = cfg.num_experts_per_tok * sum(shape[1:])
+            if unpacks:
+                experts[layer] += OUTPUTS * t * MOST_PLACES * routed * size
+            else:
+                outputs[layer] += routed
         if unpacks and spec:
             value = size if backend == "cuda" else size + _bits_nbytes(spec)
-            (experts if len(shape) == 3 else unpacked)[layer] += prod(shape) * value
+            (unpacked if len(shape) == 2 else experts)[layer] += prod(shape) * value
     widest = OUTPUTS * t * (max(outputs.values()) + cfg.hidden_size) * size + max(unpacked.values(), default=0)
     if getattr(cfg, "linear_num_value_heads", 0):
         widest += _delta_nbytes(cfg, t, backend)
