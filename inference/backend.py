@@ -143,7 +143,7 @@ def device_info() -> DeviceInfo:
 
 def memory_limit() -> int:
     """Bytes that this process may use for a model, now: GPU memory on CUDA, the working set that Metal recommends,
-    free memory (within the cgroup's limit) on the CPU."""
+    free memory on the CPU, where what else the cgroup holds counts against its limit."""
     if BACKEND == "metal":
         return _device_number("max_recommended_working_set_size") or _machine_memory() * 3 // 4
     if BACKEND == "cuda":
@@ -153,9 +153,18 @@ def memory_limit() -> int:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
-        return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+        return min(available, cgroup_free())
     except (OSError, ValueError):  # not Linux, no cgroup v2, or its limit is `max`
         return available
+
+
+def cgroup_free(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process's cgroup (v2) may still take. Pages of files that the kernel can drop count as free, as they
+    do in MemAvailable: of a shard just read they are the whole. Raises OSError or ValueError where there is no limit."""
+    limit, used = (int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+    held = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    files = sum(int(held.get(key, 0)) for key in ("active_file", "inactive_file"))
+    return max(0, limit - max(0, used - files))
 
 
 def peak_memory() -> int:

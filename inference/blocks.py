@@ -12,14 +12,15 @@ from typing import Any, ClassVar, Protocol
 
 from .backend import BACKEND, fused, mx
 from .cache import Cache, DeltaCache, KVCache
-from .linear import Linear, SameInput
+from .linear import UNPACK_ROWS, Linear, SameInput
+from .memory import SCORE_BYTES
 from .step import Step
 
-SCORE_BYTES = 256 << 20  # largest block of attention scores, where the backend has no fused kernel
 CPU_QUERIES = 64  # at most, of a block there: keys after its last query are not multiplied, and their exp not taken
 # From this many tokens on, a forward pass is computed as it is built, this many layers behind, so that the temporaries of
-# no more layers are there at once: at 9B and 2048 tokens on an H100, all 32 took 13 GB.
-EVALUATED_TOKENS, LAYERS_AHEAD = 64, 1
+# no more layers are there at once: at 9B and 2048 tokens on an H100, all 32 took 13 GB. Few tokens hold little, unless
+# matrices are unpacked for them.
+EVALUATED_TOKENS, LAYERS_AHEAD = UNPACK_ROWS or 64, 1
 
 
 class Weights(Protocol):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .backend import mx
+from .memory import KV_STEP
 
-KV_STEP = 256  # tokens by which the buffers grow
 MAX_CHECKPOINTS = 4  # at 9B one takes 50 MB
 
 

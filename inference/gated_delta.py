@@ -28,8 +28,8 @@ from typing import Literal, get_args
 
 from .backend import BACKEND, fused, mx
 from .errors import InputError
+from .memory import CHUNK
 
-CHUNK = 64  # tokens; a power of two
 Form = Literal["chunked", "kernel"]
 FORMS = "PUBLISH_DELTA"  # the setting that overrides the choice below
 

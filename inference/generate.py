@@ -18,7 +18,7 @@ from typing import Any, Literal
 from .backend import mx
 from .cache import Cache
 from .errors import InputError
-from .load import PREFILL_STEP, Model
+from .load import Model
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,19 @@ def generate(
     sampling: Sampling | None = None,
     stop: Iterable[int] | None = None,
     cache: Cache | None = None,
-    prefill_step: int = PREFILL_STEP,
+    prefill_step: int | None = None,
     checkpoint_at: int | None = None,
 ) -> Iterator[Token]:
     """Tokens that follow the prompt, the last one with `finish` set.
 
     stop: ids that end the text, by default the tokenizer's; an empty one runs to max_tokens. cache: of an earlier
-    call, its longest usable prefix of the prompt is not computed again. checkpoint_at: a length of the prompt that
+    call, its longest usable prefix of the prompt is not computed again. prefill_step: tokens that run at once, by default
+    the model's. checkpoint_at: a length of the prompt that
     the next call can return to, if it will differ from there on (see `chat`).
     Raises InputError for an empty prompt, one beyond the model's context, or ids outside its vocabulary.
     """
     prompt = list(prompt)
+    prefill_step = model.prefill_step if prefill_step is None else prefill_step
     _check_prompt(model, prompt, max_tokens, prefill_step)
     sampling = sampling or Sampling()
     stop = model.tokenizer.stop_ids if stop is None else frozenset(stop)

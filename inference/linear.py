@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 from .backend import BACKEND, mx
 from .checkpoint import QuantSpec
+from .memory import MOST_PLACES
 
 UNPACK_ROWS = {"cpu": 16, "cuda": 8}.get(BACKEND)  # from this many rows on; None: never
 
-ROOM, MOST_PLACES = 8, 4  # places of an expert come in eights; not more than four for a row, all experts together
+ROOM = 8  # places of an expert come in eights
 
 
 @dataclass(frozen=True, slots=True)

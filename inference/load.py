@@ -4,7 +4,8 @@ Reads variants in MLX layout (affine, mxfp4, mxfp8, nvfp4, with a format of its 
 Hugging Face layout of the base; which of the two is taken from what the shards declare. Vision tower and MTP head are
 skipped. Names, shapes and types are checked against the config before anything is read, and whether it all fits into
 memory. On the CPU all floating-point tensors become float32, on Metal and CUDA they stay as stored; norms that the
-original stores as w and uses as 1 + w are computed in float32 and stay so.
+original stores as w and uses as 1 + w are computed in float32 and stay so. Where memory is short, a model takes prompts in
+smaller pieces, and is refused only if the smallest do not fit.
 
 Peak: the model and three times its largest tensor.
 """
@@ -27,7 +28,7 @@ from .errors import CheckpointError, ResourceError
 from .families import family_of, names_of
 from .layout import Target, read_band
 from .linear import Dense, Linear, Packed
-from .memory import CUDA_PREFILL_STEP, Need
+from .memory import CUDA_PREFILL_STEP, SMALLEST_STEP, Need
 from .tokenizer import Tokenizer
 
 PREFILL_STEP = CUDA_PREFILL_STEP if BACKEND == "cuda" else memory.PREFILL_STEP
@@ -43,6 +44,7 @@ class Model:
     raw_config: dict[str, Any]  # config.json
     text: Any  # the family's TextModel
     nbytes: int  # of the weights in memory
+    prefill_step: int  # tokens of a prompt that run at once: PREFILL_STEP, or what memory has room for
     _family: ModuleType
 
     def forward(self, tokens: mx.array, cache: Cache | None = None, *, last_only: bool = False) -> mx.array:
@@ -54,10 +56,10 @@ class Model:
         """States after the last norm, [B, T, H] (last_only: [B, 1, H]); `logits` makes logits of them."""
         cache = cache or self.make_cache()
         out = []
-        for start in range(0, tokens.shape[1], PREFILL_STEP):
+        for start in range(0, tokens.shape[1], self.prefill_step):
             if start:
                 mx.eval(out[-1], cache.arrays())
-            piece = self.text.hidden(tokens[:, start : start + PREFILL_STEP], cache)
+            piece = self.text.hidden(tokens[:, start : start + self.prefill_step], cache)
             out = [piece[:, -1:]] if last_only else [*out, piece]
         return out[0] if len(out) == 1 else mx.concatenate(out, axis=1)
 
@@ -86,17 +88,19 @@ def load(folder: Path | str, compute: mx.Dtype | None = None, *, context: int = 
     tensor, scales and biases of packed weights too.
 
     Raises CheckpointError if anything in it is missing, superfluous, mis-shaped or unknown, ResourceError if weights,
-    caches and the workspace of prefill would not fit into memory; nothing is read then.
+    caches and the workspace of prefill, in the smallest steps, would not fit into memory; nothing is read then.
     """
     weights = Weights(Path(folder), compute)
-    limit, needed = memory_limit(), weights.need(context)
+    limit, step = memory_limit(), PREFILL_STEP
+    while (needed := weights.need(context, step)).total > limit and step > SMALLEST_STEP:
+        step //= 2
     if needed.total > limit:
         raise ResourceError(f"{weights.folder.name}: {needed}; usable are {limit / 1e9:.3g} GB")
     if BACKEND == "metal":
         mx.set_wired_limit(limit)  # weights stay resident between tokens
     family = _family(weights.raw_config)
     text = family.TextModel(weights.config, weights)
-    return Model(weights.folder, weights.config, weights.raw_config, text, weights.nbytes, family)
+    return Model(weights.folder, weights.config, weights.raw_config, text, weights.nbytes, step, family)
 
 
 def hidden_states_streamed(
@@ -157,10 +161,10 @@ class Weights:
         """The type to compute in."""
         return self._dtype
 
-    def need(self, context: int) -> Need:
-        """Memory for the whole model and one sequence of `context` tokens."""
+    def need(self, context: int, step: int = PREFILL_STEP) -> Need:
+        """Memory for the whole model and one sequence of `context` tokens, `step` of them at once."""
         name = next(name for name, dtype in DTYPES.items() if dtype == self._dtype)
-        return memory.need(self.raw_config, context, name, self.nbytes, PREFILL_STEP)
+        return memory.need(self.raw_config, context, BACKEND, name, self.nbytes, step)
 
     def head(self) -> Linear:
         """The output matrix."""

@@ -1,8 +1,11 @@
 """How many bytes a model needs, from its config.json alone: weights, caches, and what prefill holds beside them. No MLX.
 
 A prompt runs in pieces of PREFILL_STEP tokens, each evaluated before the next, so that the workspace of prefill does not
-grow with the prompt except by the attention scores, which have a bound of their own (SCORE_BYTES). Decode needs weights
-and caches, and next to nothing beside them.
+grow with the prompt except by the attention scores, which have a bound of their own (SCORE_BYTES), and by keys and values
+that move to larger buffers. A smaller step needs less. Decode needs weights and caches, and next to nothing beside them.
+
+The backends differ: the CPU and CUDA unpack matrices before they multiply many rows, and compute the delta rule in chunks;
+Metal does neither. Constants that the forward pass shares have their home here, where MLX is not needed.
 """
 
 from __future__ import annotations
@@ -11,25 +14,32 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import ITEMSIZE, QuantSpec, read_quantization
 from .families import names_of
 
+if TYPE_CHECKING:
+    from .backend import Backend
+
 PREFILL_STEP = 512  # tokens per piece of a long forward pass, which bounds its memory
+SMALLEST_STEP = (
+    128  # to which a model's own step may be halved where memory is short; below, weights are read too often
+)
 CUDA_PREFILL_STEP = 2048  # at 9B on an H100, twice as fast as 512; such cards have the memory
 SCORE_BYTES = 256 << 20  # largest block of attention scores, where the backend has no fused kernel
 KV_STEP = 256  # tokens by which the buffers of keys and values grow
-CHUNK = 64  # tokens of a chunk of the gated delta rule
+CHUNK = 64  # tokens of a chunk of the gated delta rule; a power of two
+MOST_PLACES = 4  # where experts are padded to one number of rows: places for a routed row, all experts together
 
 # Arrays alive at once, at most, counted in the code of the forward pass and rounded up:
 OUTPUTS = 2  # a linear's result and what is made of it
-SCORES = 3  # scores, masked scores, their softmax
+SCORES, SCORE_BLOCKS = 3, 2  # scores, masked scores, their softmax; of this block and the next
 CONV = 4  # of the causal conv's channels in float32: joined input, two partial sums, result
 DELTA_KEYS, DELTA_VALUES, DELTA_CHUNKS = 9, 6, 10  # per value head in float32: [T, Dk], [T, Dv], [T, CHUNK]
 DELTA_STATES = 4  # and [Dv, Dk] for each chunk: transitions, what is written, the states between
-PLACES = 4  # of a routed row, all experts together
-IN_FLIGHT = 3  # layers: a backend starts the next ones before what the last one held is free
+KERNEL_KEYS, KERNEL_VALUES = 4, 4  # by MLX's kernel instead, per key head and per value head: normed, as it reads them
+IN_FLIGHT = 2  # layers: the next one is begun before what the last one held is free (LAYERS_AHEAD in blocks.py)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Need:
 def need(
     config: dict[str, Any],
     context: int,
+    backend: Backend,
     compute: str | None = None,
     weights: int | None = None,
     step: int = PREFILL_STEP,
@@ -68,7 +79,7 @@ def need(
         context,
         weights_nbytes(config, compute) if weights is None else weights,
         cache_nbytes(config, context, compute),
-        workspace_nbytes(config, context, compute, step),
+        workspace_nbytes(config, context, compute, backend, step),
     )
 
 
@@ -88,37 +99,64 @@ def cache_nbytes(config: dict[str, Any], tokens: int, compute: str) -> int:
     return names.cache_nbytes(cfg, -(-tokens // KV_STEP) * KV_STEP)
 
 
-def workspace_nbytes(config: dict[str, Any], context: int, compute: str, step: int = PREFILL_STEP) -> int:
+def workspace_nbytes(
+    config: dict[str, Any], context: int, compute: str, backend: Backend, step: int = PREFILL_STEP
+) -> int:
     """What a piece of `step` tokens holds beside weights and caches, at most, when `context` tokens are cached after it.
 
-    Of the widest layer: what its linears give and what is made of that, the intermediates of conv and chunked delta rule
-    in float32, and its matrices unpacked; that IN_FLIGHT times. One
-    block of attention scores, keys and values once more while their buffers grow, and the logits of one token.
+    IN_FLIGHT times what the widest layer holds: the results of its linears and what is made of them; conv and delta rule
+    in float32; its matrices unpacked, on a backend that unpacks; the keys and values that its buffers grow out of. Experts
+    count once there, since routing waits for the layer before. Beside these, attention scores of SCORE_BLOCKS blocks and
+    the logits of one token.
     """
     names = names_of(config)
     cfg = names.read_config(config)
-    size, t = ITEMSIZE[compute], min(step, max(1, context))
-    outputs: dict[str, int] = defaultdict(int)
-    unpacked: dict[str, int] = defaultdict(int)
+    size, t, unpacks = ITEMSIZE[compute], min(step, max(1, context)), backend != "metal"
+    outputs: dict[str, int] = defaultdict(int)  # values a token, by layer
+    unpacked: dict[str, int] = defaultdict(int)  # bytes of dense matrices
+    experts: dict[str, int] = defaultdict(int)  # bytes, where routing waits
     for name, shape, spec in _formats(config):
         if ".layers." not in name or not _is_matrix(shape):
             continue
-        layer_index = name.split(".layers.")[1].split(".")[0]
-        # experts: the rows of the chosen ones are gathered, so what goes in counts as well
-        routed = PLACES * cfg.num_experts_per_tok if len(shape) == 3 else 0
-        outputs[layer_index] += routed * sum(shape[1:]) if routed else shape[0]
-        unpacked[layer_index] += prod(shape) if spec else 0
-    layer = OUTPUTS * t * (max(outputs.values()) + cfg.hidden_size) * size
-    if heads := getattr(cfg, "linear_num_value_heads", 0):
-        dk, dv = cfg.linear_key_head_dim, cfg.linear_value_head_dim
-        channels = 2 * cfg.linear_num_key_heads * dk + heads * dv
-        rows = -(-t // CHUNK) * CHUNK
-        per_token = DELTA_KEYS * dk + DELTA_VALUES * dv + DELTA_CHUNKS * CHUNK + DELTA_STATES * dk * dv // CHUNK
-        layer += 4 * rows * (CONV * channels + heads * per_token)
-    scores = SCORES * min(SCORE_BYTES, 4 * cfg.num_attention_heads * t * max(t, context))
-    grown = 2 * cfg.num_key_value_heads * cfg.head_dim * (context + KV_STEP) * size
-    layer += max(unpacked.values()) * size
-    return IN_FLIGHT * layer + scores + grown + 3 * cfg.vocab_size * 4
+        layer = name.split(".layers.")[1].split(".")[0]
+        if len(shape) == 2:
+            outputs[layer] += shape[0]
+        else:  # the rows of the chosen experts are gathered, so what goes in counts as well
+            routed = cfg.num_experts_per_tok * sum(shape[1:])
+            if unpacks:
+                experts[layer] += OUTPUTS * t * MOST_PLACES * routed * size
+            else:
+                outputs[layer] += routed
+        if unpacks and spec:
+            value = size if backend == "cuda" else size + _bits_nbytes(spec)
+            (unpacked if len(shape) == 2 else experts)[layer] += prod(shape) * value
+    widest = OUTPUTS * t * (max(outputs.values()) + cfg.hidden_size) * size + max(unpacked.values(), default=0)
+    if getattr(cfg, "linear_num_value_heads", 0):
+        widest += _delta_nbytes(cfg, t, backend)
+    widest += 2 * cfg.num_key_value_heads * cfg.head_dim * (context + KV_STEP) * size
+    block = min(SCORE_BLOCKS * SCORE_BYTES // 4, cfg.num_attention_heads * t * max(t, context))  # scores
+    logits = 3 * cfg.vocab_size * 4
+    return IN_FLIGHT * widest + max(experts.values(), default=0) + SCORES * block * size + logits
+
+
+def _bits_nbytes(spec: QuantSpec) -> int:
+    """What a value takes on its way out of packed words where no kernel unpacks: a uint32, one for each of its bits where
+    these do not divide a word."""
+    return 4 if 32 % spec.bits == 0 else 4 * spec.bits
+
+
+def _delta_nbytes(cfg: Any, tokens: int, backend: Backend) -> int:
+    """Of conv and gated delta rule in one layer."""
+    keys, values = (
+        cfg.linear_num_key_heads * cfg.linear_key_head_dim,
+        cfg.linear_num_value_heads * cfg.linear_value_head_dim,
+    )
+    conv = CONV * (2 * keys + values)
+    if backend == "metal":
+        return 4 * tokens * (conv + KERNEL_KEYS * keys + KERNEL_VALUES * values)
+    dk, dv = cfg.linear_key_head_dim, cfg.linear_value_head_dim
+    per_head = DELTA_KEYS * dk + DELTA_VALUES * dv + DELTA_CHUNKS * CHUNK + DELTA_STATES * dk * dv // CHUNK
+    return 4 * -(-tokens // CHUNK) * CHUNK * (conv + cfg.linear_num_value_heads * per_head)
 
 
 def _formats(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], QuantSpec | None]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -27,7 +27,7 @@ from quant.recipe import Recipe, Rule, RuleError, resolve
 
 from .costing import COSTS, current, solver_of
 from .schema import Allocation, AllocationInput, Bench, Costs, Manifest
-from .sizes import CONTEXT, Facts, Size, nominal_bits, text_budget, workspace_bound
+from .sizes import CONTEXT, Facts, Size, nominal_bits, text_budget, workspace_bound, workspace_least
 from .store import digest, read_model, read_result, write_text
 from .variants import Project, explain, parse_yaml, to_rule, to_spec
 
@@ -87,8 +87,8 @@ def sized(
     pins, floors = project.pins(id), project.floors()
     wanted = _demand(project, id, targets, table, None)
     params = sum(t.params for t in targets if t.part == "text")
-    workspace = _workspace(size, checkpoint, targets, found)
-    budget = text_budget(size, _facts(project, id, size, checkpoint, targets, table, wanted.other, workspace, params))
+    left = workspace(size, checkpoint.config, found)
+    budget = text_budget(size, _facts(project, id, size, checkpoint, targets, table, wanted.other, left, params))
     _check(project, id, size, budget, wanted)
     out = Sized(size, nominal_bits(size, budget, params), budget, wanted.least, wanted.other)
     constraints = digest([[_rule_key(r) for r in (*pins, *PINS)], [[f.match, f.bits] for f in floors]])
@@ -100,7 +100,7 @@ def sized(
         if budget < wanted.least:  # the smallest formats were not measured
             _check(project, id, size, budget, wanted)
         chosen = allocate(wanted, budget, found.costs)
-        made = _allocation(size, constraints, budget, workspace if size.kind == "memory" else None, chosen, found.costs)
+        made = _allocation(size, constraints, budget, left if size.kind == "memory" else None, chosen, found.costs)
         return _with(out, project, id, made, "costs")
     if found.built and (found.built.size, found.built.constraints) == (size.text, constraints):
         return _with(out, project, id, found.built, "built")
@@ -134,17 +134,18 @@ def _facts(
     return Facts(params, other, caches, workspace, like)
 
 
-def _workspace(size: Size, checkpoint: Checkpoint, targets: Sequence[Target], found: Sources) -> int:
-    """Measured if it was, else the bound from shapes. What a variant was frozen or built for stays as long as it is enough,
-    so that its own benchmark does not make it stale."""
+def workspace(size: Size, config: dict[str, Any], found: Sources) -> int:
+    """Bytes to leave for prefill: measured if it was, else the bound from shapes; never less than what the engine asks for
+    before it loads. What a variant was frozen or built for stays as long as it is enough, so that its own benchmark does
+    not make it stale."""
     if size.kind != "memory":
         return 0
-    bound = workspace_bound(names_of(checkpoint.config).read_config(checkpoint.config), targets)
+    enough = max(found.workspace or 0, workspace_least(config))
     known = (a.workspace_nbytes for a in (found.frozen, found.built) if a and a.size == size.text)
     own = next((nbytes for nbytes in known if nbytes is not None), None)
-    if found.workspace is None:
-        return own if own is not None else bound
-    return own if own is not None and own >= found.workspace else found.workspace
+    if own is not None and own >= enough:
+        return own
+    return workspace_bound(config) if found.workspace is None else enough
 
 
 def _demand(project: Project, id: str, targets: Sequence[Target], table: ModuleType, costs: CostTable | None) -> Demand:

@@ -362,7 +362,7 @@ def _contents(project: Project, id: str) -> Contents | None:
         vision=any(p.target.part == "vision" for p in packed),
         mtp=any(p.target.part == "mtp" for p in packed),
         caches=names_of(config).cache_nbytes(hyper, CONTEXT),
-        workspace=workspace_bound(hyper, [p.target for p in packed]),
+        workspace=workspace_bound(config),
         modules=tuple(p.target.module for p in packed),
         sampling=_sampling(folder / "generation_config.json"),
         thinking=any("enable_thinking" in _text(folder / n) for n in ("chat_template.jinja", "tokenizer_config.json")),

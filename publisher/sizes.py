@@ -10,14 +10,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from inference.checkpoint import AFFINE_BITS, ITEMSIZE
-from inference.layout import Target
-from quant.recipe import layer_of
+from inference.checkpoint import AFFINE_BITS
+from inference.families import names_of
+from inference.memory import SMALLEST_STEP, workspace_nbytes
 
 CONTEXT = 8192  # tokens of context for which memory is stated
 MEMORY_SHARE = Fraction(70, 100)  # of a machine's memory; macOS lets a GPU wire about two thirds to three quarters
@@ -95,23 +94,16 @@ def nominal_bits(size: Size, budget: int, text_params: int) -> int:
     return min(AFFINE_BITS, key=lambda b: (abs(b + 0.5 - bpw), b))
 
 
-def workspace_bound(config: Any, targets: Sequence[Target]) -> int:
-    """Bytes that a piece of PREFILL_TOKENS tokens takes beside weights and caches, at most: from shapes alone.
+def workspace_bound(config: dict[str, Any], step: int = PREFILL_TOKENS) -> int:
+    """Bytes that a piece of `step` tokens takes beside weights and caches on Metal, at most, with CONTEXT tokens cached.
 
-    What every linear of the widest layer gives, twice (a result and what is made of it), in float32; the scores of all
-    heads over CONTEXT tokens, twice, in the model's type, since head sizes beyond 128 have no fused kernel; and the logits
-    of one token. config: the family's hyperparameters.
+    config: the whole config.json. By the same function that this tool's engine loads by, which takes steps no larger than
+    PREFILL_TOKENS there: what fits by this bound is not refused. Raises CheckpointError as `read_config` does.
     """
-    wide: dict[int, int] = {}
-    vocabulary = 0
-    for t in targets:
-        if t.part != "text" or len(t.shape) < 2 or not t.name.endswith(".weight"):
-            continue
-        layer = layer_of(t.name)
-        if layer is None:
-            vocabulary = max(vocabulary, t.shape[0])
-        elif t.shape[-1] > 1:  # not a convolution
-            active = getattr(config, "num_experts_per_tok", 1) if len(t.shape) == 3 else 1
-            wide[layer] = wide.get(layer, 0) + active * t.shape[-2]
-    scores = config.num_attention_heads * PREFILL_TOKENS * CONTEXT * ITEMSIZE[config.dtype]
-    return 2 * PREFILL_TOKENS * max(wide.values(), default=0) * 4 + 2 * scores + 2 * vocabulary * 4
+    dtype = str(names_of(config).read_config(config).dtype)
+    return workspace_nbytes(config, CONTEXT, dtype, "metal", step)
+
+
+def workspace_least(config: dict[str, Any]) -> int:
+    """That of the smallest step, below which the engine refuses to load."""
+    return workspace_bound(config, SMALLEST_STEP)

@@ -10,8 +10,8 @@ from typing import Any
 from inference.checkpoint import read_json
 from inference.errors import InputError
 from inference.generate import Sampling, chat, generate
-from inference.load import Model, load
-from inference.memory import PREFILL_STEP
+from inference.load import PREFILL_STEP, Model, Weights, load
+from inference.tokenizer import Tokenizer
 
 from .prune import require_weights
 from .report import Report
@@ -68,10 +68,10 @@ def talk(
     report: Report,
 ) -> list[dict[str, str]]:
     """One question, or a conversation until end of file; returns its turns. The caches stay, so that a turn prefills only
-    what is new."""
+    what is new. Raises InputError where question and answer exceed the model's context, before weights are read."""
     sampling, max_tokens = sampling_of(folder, given), given["max_tokens"]
-    model = load(folder, context=PREFILL_STEP + max_tokens)
     variables = {} if think is None else {"enable_thinking": think}
+    model = load(folder, context=_context(folder, prompt, max_tokens, variables))
     if prompt is not None:
         answer = _answer(model, [], prompt, model.make_cache(), sampling, max_tokens, variables, echo)
         return [{"question": prompt, "answer": answer}]
@@ -92,6 +92,24 @@ def talk(
             answer = _answer(model, messages, question, cache, sampling, max_tokens, variables, echo)
             turns.append({"question": question, "answer": answer})
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _context(folder: Path, prompt: str | None, max_tokens: int, variables: dict[str, Any]) -> int:
+    """Tokens that memory must have room for: of the question, as the template puts it, and its answer; of a conversation,
+    whose questions are not known yet, of one piece of prefill and an answer, as far as the model's context goes."""
+    most = Weights(folder).config.max_position_embeddings
+    if prompt is None:
+        if max_tokens >= most:
+            raise InputError(f"--max-tokens {max_tokens} exceeds the context of {most}")
+        return min(most, PREFILL_STEP + max_tokens)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.template is None:
+        tokens = len(tokenizer.encode(prompt))
+    else:
+        tokens = len(tokenizer.encode_chat([{"role": "user", "content": prompt}], **variables))
+    if tokens + max_tokens > most:
+        raise InputError(f"{tokens} prompt tokens and {max_tokens} new ones exceed the context of {most}")
+    return tokens + max_tokens
 
 
 def _answer(

@@ -214,6 +214,30 @@ def test_chat_answers_one_prompt(built, publish):
     assert json.loads(publish(*args, "--json", cwd=built).ok().out)["turns"][0]["answer"] == first.out[:-1]
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [(("--prompt", "x"), "prompt tokens and 100000000 new ones exceed"), ((), "--max-tokens 100000000 exceeds")],
+)
+def test_chat_names_the_context_that_an_answer_would_exceed(asked, told, publish, tmp_path):
+    refused = publish("chat", str(EXAMPLE / "model"), *asked, "--max-tokens", "100000000", cwd=tmp_path).refused(2)
+    assert told in refused
+    assert refused.strip().endswith("the context of 4096")
+
+
+def test_chat_asks_memory_for_the_real_question_and_its_answer(monkeypatch, publish, tmp_path):
+    asked = []
+    monkeypatch.setattr("inference.load.memory.need", lambda _, context, *rest: asked.append(context) or _Nothing)
+    for words in (1, 900):
+        question = " ".join(["word"] * words)
+        publish("chat", str(EXAMPLE / "model"), "--prompt", question, "--max-tokens", "2", cwd=tmp_path).ok()
+    assert 4 <= asked[0] < 100
+    assert 900 + 2 < asked[1] < 4096
+
+
+class _Nothing:
+    total = 0
+
+
 def test_chat_reads_questions_from_stdin_and_remembers(built, publish):
     args = ("chat", "Q8_K_XL", "--max-tokens", "6", "--temperature", "0", "--json")
     turns = json.loads(publish(*args, cwd=built, stdin="one\n\ntwo\n/new\ntwo\n").ok().out)["turns"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.backend import OLD_KERNELS
+from inference.backend import OLD_KERNELS, cgroup_free
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_MLX = ("errors", "checkpoint", "layout", "families", "memory", "llama.names", "qwen3_5.names")
@@ -84,3 +84,13 @@ assert peak_memory() >= 4_000_000
 print(i.backend)
 """
     assert run(code) in ("cpu", "metal", "cuda")
+
+
+def test_what_a_container_holds_already_is_not_free_but_pages_of_files_are(tmp_path):
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nfile 300\ninactive_file 150\nactive_file 50\n")
+    assert cgroup_free(tmp_path) == 1000 - (700 - 200)
+    (tmp_path / "memory.max").write_text("max\n")
+    with pytest.raises(ValueError, match="max"):
+        cgroup_free(tmp_path)

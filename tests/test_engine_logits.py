@@ -63,7 +63,7 @@ def test_split_prefill_agrees_with_transformers(model, recorded, points):
 
 
 def test_long_prompts_are_worked_off_in_pieces(model, recorded, monkeypatch):
-    monkeypatch.setattr("inference.load.PREFILL_STEP", 100)
+    monkeypatch.setattr(model, "prefill_step", 100)
     monkeypatch.setattr(blocks, "SCORE_BYTES", 4 * 4 * 512 * 30)  # blocks of 30 queries and more
     check(model.forward(mx.array(recorded["ids"])[None]), recorded)
 
