@@ -96,11 +96,13 @@ class Recurrent(Protocol):
 class DecoderLayer:
     """x + mixer(norm(x)), then x + mlp(norm(x)): what the layers of every family have in common."""
 
-    eps: float
-    input_layernorm: mx.array
-    post_attention_layernorm: mx.array
     mixer: Any  # Attention or Recurrent
     mlp: Any  # [B, T, H] → [B, T, H]
+
+    def __init__(self, prefix: str, eps: float, weights: Weights) -> None:
+        self.eps = eps
+        self.input_layernorm = weights.array(prefix + "input_layernorm.weight")
+        self.post_attention_layernorm = weights.array(prefix + "post_attention_layernorm.weight")
 
     def __call__(self, x: mx.array, cache: KVCache | DeltaCache) -> mx.array:
         """[B, T, H] → [B, T, H]; the cache is brought up to date."""

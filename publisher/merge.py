@@ -118,16 +118,16 @@ def merge(
     move: delete each variant there once it is proven to be here. Raises InputError for a folder that is none or where a
     build is at work, ResourceError if the disk is too small; what is not taken is told in the result.
     """
-    roots = [_root(project, f) for f in folders]
+    roots = list(dict.fromkeys(_root(project, f) for f in folders))
     with ExitStack() as held:
-        for root in dict.fromkeys(roots):
+        for root in roots:
             held.enter_context(_at_rest(root, move))
         base = resolve_base(project, hub, weights=False)
         others: list[str] = []
-        for root in dict.fromkeys(roots):
+        for root in roots:
             others += _statistics(project, base, root, report)  # first: what is made by size is allocated by its costs
         parts = []
-        for root in dict.fromkeys(roots):
+        for root in roots:
             if move:
                 _finish_moves(project, root)
             for id in project.ladder.variants:
@@ -143,7 +143,7 @@ def merge(
         tuple(id for id in project.ladder.variants if id in cards.changed),
         tuple(absent),
         cards.faults,
-        tuple(root for root in dict.fromkeys(roots) if all(p.folder != root for p in parts)),
+        tuple(root for root in roots if all(p.folder != root for p in parts)),
     )
 
 

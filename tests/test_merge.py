@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import EXAMPLE, environment, own_base, write_ladder
+from solved_ladder import HEAD
 
 import publisher.calibrate
 import publisher.merge
@@ -591,16 +592,7 @@ def test_receipts_come_along_and_never_replace_one(publish, main, two):
 
 # ------------------------------------------------------------------------------------------------ statistics
 
-SOLVED = """\
-base: {path: model, name: tiny}
-imatrix: ./imatrix-tiny.gguf
-calibration: {text: ./words.txt, chat: false, tokens: 96, context: 48, fisher_tokens: 48}
-recipes:
-  one: {solver: gptq, rules: [{match: "*.layers.3.self_attn.q_proj", bits: N}, {match: "*", bits: bf16}]}
-recipe: one
-variants:
-  A: {bits: 4}
-"""
+SOLVED = HEAD + "variants:\n  A: {bits: 4}\n"
 
 
 @pytest.fixture

@@ -8,19 +8,12 @@ from pathlib import Path
 
 import pytest
 from conftest import EXAMPLE, write_ladder
+from solved_ladder import HEAD
 
 import publisher.calibrate
 from publisher.schema import Costs
 from publisher.variants import load_project
 
-HEAD = """\
-base: {path: model, name: tiny}
-imatrix: ./imatrix-tiny.gguf
-calibration: {text: ./words.txt, chat: false, tokens: 96, context: 48, fisher_tokens: 48}
-recipes:
-  one: {solver: gptq, rules: [{match: "*.layers.3.self_attn.q_proj", bits: N}, {match: "*", bits: bf16}]}
-recipe: one
-"""
 SKIP = ("--skip", "smoke", "--skip", "bench", "--skip", "card")
 
 

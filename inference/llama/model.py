@@ -32,9 +32,7 @@ def make_cache(cfg: Config) -> Cache:
 class Layer(DecoderLayer):
     def __init__(self, cfg: Config, index: int, weights: Weights) -> None:
         prefix = f"{PREFIX}layers.{index}."
-        self.eps = cfg.rms_norm_eps
-        self.input_layernorm = weights.array(prefix + "input_layernorm.weight")
-        self.post_attention_layernorm = weights.array(prefix + "post_attention_layernorm.weight")
+        super().__init__(prefix, cfg.rms_norm_eps, weights)
         self.mixer = Attention(cfg, prefix + "self_attn.", weights)
         self.mlp = MLP(prefix + "mlp.", weights)
 

@@ -36,9 +36,7 @@ def make_cache(cfg: Config) -> Cache:
 class Layer(DecoderLayer):
     def __init__(self, cfg: Config, index: int, weights: Weights) -> None:
         prefix = f"{PREFIX}layers.{index}."
-        self.eps = cfg.rms_norm_eps
-        self.input_layernorm = weights.array(prefix + "input_layernorm.weight")
-        self.post_attention_layernorm = weights.array(prefix + "post_attention_layernorm.weight")
+        super().__init__(prefix, cfg.rms_norm_eps, weights)
         if cfg.layer_types[index] == "full_attention":
             self.mixer: Attention | DeltaNet = Attention(cfg, prefix + "self_attn.", weights)
         else:
