@@ -12,7 +12,7 @@ ENDPOINT = "http://127.0.0.1:9"
 
 
 def answering_hub(status: int, body: bytes, headers: dict[str, str] | None = None) -> Hub:
-    """headers: beside those that make it JSON."""
+    """headers: beside those that make it JSON. All calls of the process go there from now on, until another factory is set."""
     sent = {"content-type": "application/json", "location": f"{ENDPOINT}/elsewhere", **(headers or {})}
 
     def answer(request: httpx2.Request) -> httpx2.Response:

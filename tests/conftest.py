@@ -21,6 +21,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import pushes
 import pytest
 from click.testing import CliRunner
+from huggingface_hub import set_client_factory
+from huggingface_hub.utils import _http
 from variant_folder import make_project, make_variant
 
 from publisher.localhub import LocalHub
@@ -72,6 +74,14 @@ class Ran:
         assert self.err.rstrip("\n").endswith(lines[0]), f"more than one line:\n{self.err}"
         assert "Traceback" not in self.err
         return lines[0].removeprefix("Error: ")
+
+
+@pytest.fixture(autouse=True)
+def own_client() -> Iterator[None]:
+    """The client of huggingface_hub is one for the process: what a test makes of it ends with the test."""
+    yield
+    if _http._GLOBAL_CLIENT_FACTORY is not _http.default_client_factory:
+        set_client_factory(_http.default_client_factory)
 
 
 @pytest.fixture(scope="session")

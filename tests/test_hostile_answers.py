@@ -29,13 +29,9 @@ ODD = st.sampled_from(
 
 
 @pytest.fixture(autouse=True)
-def own_client():
-    """The tests' client is the process's own; and nobody waits."""
-    from huggingface_hub.utils._http import default_client_factory
-
+def nobody_waits():
     with mock.patch("huggingface_hub.utils._http.time.sleep"):
         yield
-    set_client_factory(default_client_factory)
 
 
 def refused(call, *args) -> str:
