@@ -250,6 +250,7 @@ def _job(
     that were searched. shared: statistics that other jobs of this run use, by folder."""
     from quant.awq import folds  # noqa: PLC0415
     from quant.awq_search import search  # noqa: PLC0415
+    from quant.folding import undo_rounded_norms  # noqa: PLC0415
     from quant.imatrix import read_imatrix  # noqa: PLC0415
     from quant.moments import FromImportance, FromStatistics  # noqa: PLC0415
     from quant.version import QUANT_VERSION  # noqa: PLC0415
@@ -257,12 +258,12 @@ def _job(
     from .calibrate import find, key_of  # noqa: PLC0415
 
     imatrix, scales, searched, statistics_key = None, {}, {}, None
+    table = quant_table(seen.base.checkpoint.config)
     moments: MomentSource | None = None
     source = project.imatrix(rung.id)
     if source and needs_imatrix(project, rung.plan):
         path, imatrix = fetch_imatrix(project, source, hub)
         statistics = read_imatrix(path, seen.base.checkpoint.config)
-        table = quant_table(seen.base.checkpoint.config)
         exponent = project.recipe(rung.id).awq_exponent
         if exponent == "search":
             exponent = searched = search(rung.plan.plans, statistics, table.AWQ_GROUPS, project.solver(rung.id))
@@ -282,6 +283,8 @@ def _job(
         # one for all variants: what it prepares of a Hessian serves every format
         moments = shared.setdefault(str(found.folder), FromStatistics(found))
         statistics_key = key_of(project, seen.base)
+    if project.solver(rung.id) != "rtn":  # whose bytes are those of mlx_lm.convert
+        scales = undo_rounded_norms(rung.plan.plans, scales, table.READERS)
     inputs = _inputs(project, seen.base, rung, imatrix, statistics_key, QUANT_VERSION)
     key = digest({"inputs": inputs.model_dump(mode="json"), "files": fingerprint(seen.base.checkpoint)})
     job = {

@@ -6,7 +6,7 @@ Patterns are globs over MLX module paths (see `quant.recipe.matches`).
 from __future__ import annotations
 
 from .recipe import TensorClass
-from .tables import Entry, Group
+from .tables import Entry, Group, Readers
 
 # the rows of the card's table, in its order; the first match decides
 CLASSES: tuple[TensorClass, ...] = (
@@ -24,6 +24,12 @@ AWQ_GROUPS: tuple[Group, ...] = (
     Group("A", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", every=False),
     Group("B", ("mlp.down_proj",), "mlp.up_proj", rows=True),
     Group("C", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+)
+
+READERS: tuple[Readers, ...] = (
+    Readers("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Readers("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    Readers("model.norm", ("lm_head",)),
 )
 
 # llama.cpp's names (gguf-py constants for llama). Its converter permutes the ROWS of q and k within each head, for its

@@ -6,7 +6,7 @@ Patterns are globs over MLX module paths (see `quant.recipe.matches`).
 from __future__ import annotations
 
 from .recipe import TensorClass
-from .tables import Entry, Group
+from .tables import Entry, Group, Readers
 
 # the rows of the card's table, in its order; the first match decides
 CLASSES: tuple[TensorClass, ...] = (
@@ -38,6 +38,24 @@ AWQ_GROUPS: tuple[Group, ...] = (
         "D", ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), "input_layernorm",
         followers=("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
     ),
+)  # fmt: skip
+
+READERS: tuple[Readers, ...] = (
+    Readers(
+        "input_layernorm",
+        (
+            *("self_attn." + m for m in ("q_proj", "k_proj", "v_proj")),
+            *("linear_attn." + m for m in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")),
+        ),
+    ),
+    Readers(
+        "post_attention_layernorm",
+        (
+            "mlp.gate_proj", "mlp.up_proj", "mlp.gate", "mlp.switch_mlp.gate_proj", "mlp.switch_mlp.up_proj",
+            "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate",
+        ),
+    ),
+    Readers("model.norm", ("lm_head",)),
 )  # fmt: skip
 
 # llama.cpp's names (gguf-py constants for qwen35 and qwen35moe). `required`: AWQ or a solver needs the class; the

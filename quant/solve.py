@@ -63,22 +63,28 @@ QUICK = Effort(3, 1)  # for prices: a few percent more error than FULL at a sixt
 
 @dataclass(frozen=True)
 class Solver:
-    """weights [..., K], moments or None, spec, effort → Packed (lazy). What of the moments it uses."""
+    """weights [..., K], moments or None, spec, effort, stored type → Packed (lazy). What of the moments it uses."""
 
-    run: Callable[[mx.array, Moments | None, QuantSpec, Effort], Packed]
+    run: Callable[[mx.array, Moments | None, QuantSpec, Effort, mx.Dtype], Packed]
     uses_second: bool = False
     uses_hessian: bool = False
 
 
 def solve(
-    weights: mx.array, moments: Moments | None, spec: QuantSpec, solver: str = "rtn", effort: Effort = FULL
+    weights: mx.array,
+    moments: Moments | None,
+    spec: QuantSpec,
+    solver: str = "rtn",
+    effort: Effort = FULL,
+    dtype: mx.Dtype | None = None,
 ) -> Packed:
     """Quantize a band of rows and evaluate the result.
 
-    weights: [R, K] or stacked [E, R, K], in the model's type, in which affine scales and biases are stored.
+    weights: [R, K] or stacked [E, R, K]. dtype: in which affine scales and biases are stored; by default the weights'.
+    Rounding to nearest rounds the weights to it first.
     """
     run = SOLVERS[solver].run if spec.mode == "affine" else _rtn
-    packed = run(weights, moments, spec, effort)
+    packed = run(weights, moments, spec, effort, dtype or weights.dtype)
     mx.eval(packed.codes, packed.scales, *([] if packed.biases is None else [packed.biases]))
     return packed
 
@@ -125,28 +131,30 @@ def pack(codes: mx.array, bits: int) -> mx.array:
     return mx.stack(words, axis=-1).reshape(*codes.shape[:-1], -1)
 
 
-def _rtn(weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort = FULL) -> Packed:
-    codes, scales, *biases = mx.quantize(weights, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+def _rtn(weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort, dtype: mx.Dtype) -> Packed:
+    codes, scales, *biases = mx.quantize(
+        weights.astype(dtype), group_size=spec.group_size, bits=spec.bits, mode=spec.mode
+    )
     return Packed(codes, scales, biases[0] if biases else None)
 
 
-def _ls(weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort = FULL) -> Packed:
-    x, codes, scales, biases = _fitted(weights, moments, spec, effort)
-    return Packed(pack(codes.reshape(x.shape), spec.bits), scales.astype(x.dtype), biases.astype(x.dtype))
+def _ls(x: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort, dtype: mx.Dtype) -> Packed:
+    codes, scales, biases = _fitted(x, moments, spec, effort, dtype)
+    return Packed(pack(codes.reshape(x.shape), spec.bits), scales.astype(dtype), biases.astype(dtype))
 
 
-def _gptq(weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort = FULL) -> Packed:
+def _gptq(x: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort, dtype: mx.Dtype) -> Packed:
     if moments is None or moments.factor is None:
-        return _ls(weights, moments, spec, effort)
+        return _ls(x, moments, spec, effort, dtype)
     factor, group, bits = moments.factor, spec.group_size, spec.bits
-    x, codes, scales, biases = _fitted(weights, moments, spec, effort)
+    codes, scales, biases = _fitted(x, moments, spec, effort, dtype)
     w = _columns_first(x.astype(mx.float32))
     start = (_columns_first(codes.reshape(x.shape)), _columns_first(scales), _columns_first(biases))
-    near_q, near_s, near_b = mx.quantize(x, group_size=group, bits=bits)
+    near_q, near_s, near_b = mx.quantize(x.astype(dtype), group_size=group, bits=bits)
     near_s, near_b = near_s.astype(mx.float32), near_b.astype(mx.float32)
     near_q = mx.dequantize(near_q, mx.ones_like(near_s), mx.zeros_like(near_s), group, bits)
     best = (_columns_first(near_q), _columns_first(near_s), _columns_first(near_b))
-    found = gptq.optimize(w, start[1], start[2], factor, bits, x.dtype, effort.rounds)
+    found = gptq.optimize(w, start[1], start[2], factor, bits, dtype, effort.rounds)
     least = gptq.error(w, *best, factor.hessian)
     for q, s, b in (start, found):  # nearest came first: what overflows float32 on the way is less than nothing
         e = gptq.error(w, q, s, b, factor.hessian)
@@ -154,13 +162,13 @@ def _gptq(weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: E
         best = (mx.where(better, q, best[0]), mx.where(better, s, best[1]), mx.where(better, b, best[2]))
         least = mx.where(e < least, e, least)
     codes, scales, biases = (_rows_first(t, x.ndim) for t in best)
-    return Packed(pack(codes, bits), scales.astype(x.dtype), biases.astype(x.dtype))
+    return Packed(pack(codes, bits), scales.astype(dtype), biases.astype(dtype))
 
 
 def _fitted(
-    weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """(weights, codes [..., groups, group], scales, biases [..., groups]) by least squares, float32 but the weights."""
+    weights: mx.array, moments: Moments | None, spec: QuantSpec, effort: Effort, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(codes [..., groups, group], scales, biases [..., groups]) by least squares, float32, representable in dtype."""
     bits, group = spec.bits, spec.group_size
     x = weights.astype(mx.float32).reshape(*weights.shape[:-1], -1, group)
     if moments is None:
@@ -168,10 +176,10 @@ def _fitted(
     else:
         second = moments.second if weights.ndim == 2 else moments.second.reshape(-1, 1, weights.shape[-1])
         v = mx.array(_floored(second)).reshape(*second.shape[:-1], -1, group)
-    _, s, b = mx.quantize(weights, group_size=group, bits=bits)
+    _, s, b = mx.quantize(weights.astype(dtype), group_size=group, bits=bits)
     start = (s.astype(mx.float32)[..., None], b.astype(mx.float32)[..., None])
-    s, b = least_squares.fit(x, v, bits, weights.dtype, start, effort.steps)
-    return weights, least_squares.code(x, s, b, bits), s[..., 0], b[..., 0]
+    s, b = least_squares.fit(x, v, bits, dtype, start, effort.steps)
+    return least_squares.code(x, s, b, bits), s[..., 0], b[..., 0]
 
 
 def _floored(second: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from inference.layout import Target, read_band
 from inference.load import DTYPES
 
 from .awq import Fold
+from .folding import changes, exact
 from .job import Key, Lane, disk_order
 from .moments import MomentSource
 from .recipe import TensorPlan
@@ -97,7 +98,7 @@ class _Band:
     products: list[_Product]
     raw: Future[np.ndarray]
     source: Future[str]
-    prepared: dict[tuple[str, str], Future[mx.array]] = field(default_factory=dict)
+    prepared: dict[tuple[str, str, bool], Future[mx.array]] = field(default_factory=dict)
     solved: list[tuple[list[_Product], Future[list[list[memoryview]]]]] = field(default_factory=list)
 
 
@@ -215,9 +216,11 @@ class Pass:
             source = self.checker.submit(self._check, raw, target, start == 0, stop == rows)
             band = _Band(target, start, stop, stop == rows, products, raw, source)
             for p in products:
-                form = (p.key.dtype, p.key.fold)
+                form = _form(p)
                 if not _as_it_is(p) and form not in band.prepared:
-                    band.prepared[form] = self.solvers.submit(self._prepare, raw, p.plan.target, p.fold, start, stop)
+                    band.prepared[form] = self.solvers.submit(
+                        self._prepare, raw, p.plan.target, p.fold, start, stop, form[-1]
+                    )
             yield band
 
     def _solve_all(self, band: _Band) -> None:
@@ -228,10 +231,10 @@ class Pass:
             elif p.key.spec and _together(p):
                 together.setdefault((p.key.dtype, p.key.fold, p.key.spec.group_size), []).append(p)
             else:
-                prepared = band.prepared[p.key.dtype, p.key.fold]
+                prepared = band.prepared[_form(p)]
                 band.solved.append(([p], self.solvers.submit(self._solve, prepared, p, band.start, band.stop)))
         for (dtype, fold, _), products in together.items():
-            weights = band.prepared.get((dtype, fold), band.raw)
+            weights = band.prepared.get((dtype, fold, False), band.raw)
             band.solved.append((products, self.solvers.submit(self._solve_together, weights, products)))
 
     def _read(self, target: Target, start: int, stop: int) -> np.ndarray:
@@ -249,24 +252,21 @@ class Pass:
             raise CheckpointError(f"{target.source.file.name}: {target.source.name} holds values that are not finite")
         return self.source_sha.hexdigest() if last else ""
 
-    def _prepare(self, raw: Future[np.ndarray], target: Target, fold: Fold | None, start: int, stop: int) -> mx.array:
-        """A band in the type that is stored: 1 + w and the fold in float32, rounded once."""
+    def _prepare(
+        self, raw: Future[np.ndarray], target: Target, fold: Fold | None, start: int, stop: int, unrounded: bool
+    ) -> mx.array:
+        """A band as it is to be stored or solved: 1 + w and the fold in float32, rounded once to the stored type unless
+        `unrounded`."""
         with mx.stream(self._streams.stream):
-            x = mx.array(raw.result())
-            if target.source.dtype == "BF16":
-                x = x.view(mx.bfloat16)
-            if _changes(target, fold):
-                x = x.astype(mx.float32)
-                if target.op == "plus_one":
-                    x = 1.0 + x
-                if fold is not None and fold.columns is not None:
-                    x = x * mx.array(fold.columns)
-                if fold is not None and fold.rows is not None:
-                    rows = mx.array(fold.rows[start:stop])
-                    x = x * (rows if x.ndim == 1 else rows[:, None])
-                x = x.astype(DTYPES[target.dtype])
+            if unrounded:
+                x = exact(raw.result(), target, fold, start, stop)
+            elif changes(target, fold):
+                x = exact(raw.result(), target, fold, start, stop).astype(DTYPES[target.dtype])
                 if target.dtype == "F16" and not mx.isfinite(x).all().item():
                     raise CheckpointError(f"{target.name}: exceeds the range of float16")
+            else:
+                x = mx.array(raw.result())
+                x = x.view(mx.bfloat16) if target.source.dtype == "BF16" else x
             mx.eval(x)
             return x
 
@@ -282,7 +282,8 @@ class Pass:
                 rows = slice(start, stop) if x.ndim == 3 else None
                 hessian = SOLVERS[product.key.solver].uses_hessian
                 known = product.moments.moments(product.plan.target.module, rows, columns, hessian)
-            packed = solve(x, known, product.key.spec, product.key.solver)
+            dtype = DTYPES[product.plan.target.dtype]
+            packed = solve(x, known, product.key.spec, product.key.solver, dtype=dtype)
             return [[_view(p) for p in (packed.codes, packed.scales, packed.biases) if p is not None]]
 
     def _solve_together(self, weights: Future[Any], products: Sequence[_Product]) -> list[list[memoryview]]:
@@ -318,13 +319,16 @@ class Pass:
         return batch
 
 
-def _changes(target: Target, fold: Fold | None) -> bool:
-    """Whether stored values differ from the source's."""
-    return target.op == "plus_one" or fold is not None or target.dtype != target.source.dtype
-
-
 def _changed(product: _Product) -> bool:
-    return _changes(product.plan.target, product.fold)
+    return changes(product.plan.target, product.fold)
+
+
+def _form(product: _Product) -> tuple[str, str, bool]:
+    """Of what a product is solved: stored type, fold, and whether in float32. A solver that weighs errors sees a folded
+    weight as it is; one that rounds to nearest gets what would be stored, as the tools do that fold."""
+    key = product.key
+    unrounded = bool(key.fold) and key.spec is not None and SOLVERS[key.solver].uses_second
+    return key.dtype, key.fold, unrounded
 
 
 def _copies(product: _Product) -> bool:

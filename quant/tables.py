@@ -1,6 +1,7 @@
-"""What a family's table is made of, beside its tensor classes: AWQ groups and imatrix names. Planning needs no arrays.
+"""What a family's table is made of, beside its tensor classes: AWQ groups, readers of norms, imatrix names.
 
-`quant.awq` and `quant.imatrix` do the arithmetic; this stands apart so that `publish plan` need not import numpy.
+`quant.awq` and `quant.imatrix` do the arithmetic; this stands apart, without numpy, for `publish plan`, which needs no
+arrays.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ class Group:
     followers: tuple[str, ...] = ()
     rows: bool = False
     every: bool = True
+
+
+@dataclass(frozen=True)
+class Readers:
+    """A norm and the matrices that read it, all relative to what holds both: a layer, or the model. Some may be missing."""
+
+    norm: str
+    modules: tuple[str, ...]
 
 
 def scalable(table: Iterable[Group]) -> tuple[str, ...]:

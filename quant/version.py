@@ -2,7 +2,8 @@
 
 # Bump it, with the reason, when the bytes of any output change.
 # 1: round to nearest; folds in float32, rounded once
-QUANT_VERSION = 1
+# 2: matrices that a solver quantizes undo the rounding of the norm they read
+QUANT_VERSION = 2
 
 SOLVERS = ("rtn", "ls", "gptq")  # `quant.solve`: round to nearest; least squares; GPTQ with coordinate descent
 # Bump it, with the reason, when the same statistics would give other prices (`quant.sensitivity`).

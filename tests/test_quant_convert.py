@@ -440,16 +440,18 @@ def test_an_unknown_solver_is_refused(tiny, tmp_path):
 def test_solvers_get_the_statistics_of_what_the_folded_weight_sees(tiny, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(w, moments, spec, effort):
+    def spy(w, moments, spec, effort, dtype):
         if moments is not None:
-            seen[w.shape] = moments.second
-        return solve_module._rtn(w, None, spec)
+            seen[w.shape] = (moments.second, w.dtype, dtype)
+        return solve_module._rtn(w, None, spec, effort, dtype)
 
     monkeypatch.setitem(solve_module.SOLVERS, "spy", solve_module.Solver(spy, uses_second=True))
     j = job(tiny, tmp_path / "v", imatrix=TINY_IMATRIX, solver="spy")
     module = "language_model.model.layers.0.mlp.down_proj"
     convert([replace(j, moments=FromImportance({module: np.full(768, 2.0, np.float32)}))])
-    np.testing.assert_allclose(seen[256, 768], 2 / j.folds[f"{module}.weight"].columns ** 2, rtol=1e-6)
+    second, given, stored = seen[256, 768]
+    np.testing.assert_allclose(second, 2 / j.folds[f"{module}.weight"].columns ** 2, rtol=1e-6)
+    assert (given, stored) == (mx.float32, mx.bfloat16)  # not rounded before it is quantized
 
 
 def test_a_spec_knows_its_stored_parts():

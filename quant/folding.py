@@ -1,0 +1,87 @@
+"""What a fold makes of a band of weights, and what rounding a norm leaves to the matrices that read it.
+
+A norm of the Qwen3.5 family is kept as w and used as 1 + w; MLX stores 1 + w, rounded to bfloat16, which changes every
+channel by up to 0.4 %. (So does dividing a norm by an AWQ scale.) The matrices that read the channel are about to be
+quantized anyway: multiplied by r = exact / stored first, they undo it at no cost in bytes,
+
+    W · diag(exact) x  =  (W · diag(r)) · diag(stored) x.
+
+On a trained model of 32 M parameters all its norms rounded cost 1e-5 nats a token, 13 % of what 8 bits by `gptq` cost
+(docs/quality.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from inference.backend import mx
+from inference.layout import Target, read_band
+from inference.load import DTYPES
+
+from .awq import Fold
+from .recipe import TensorPlan
+from .tables import Readers
+
+
+def changes(target: Target, fold: Fold | None) -> bool:
+    """Whether stored values differ from the source's."""
+    return target.op == "plus_one" or fold is not None or target.dtype != target.source.dtype
+
+
+def exact(raw: np.ndarray, target: Target, fold: Fold | None, start: int, stop: int) -> mx.array:
+    """float32 of rows [start, stop) of a target as they are before they are rounded to the stored type.
+
+    raw: as `read_band` returns them.
+    """
+    x = mx.array(raw)
+    if target.source.dtype == "BF16":
+        x = x.view(mx.bfloat16)
+    x = x.astype(mx.float32)
+    if target.op == "plus_one":
+        x = 1.0 + x
+    if fold is not None and fold.columns is not None:
+        x = x * mx.array(fold.columns)
+    if fold is not None and fold.rows is not None:
+        rows = mx.array(fold.rows[start:stop])
+        x = x * (rows if x.ndim == 1 else rows[:, None])
+    return x
+
+
+def undo_rounded_norms(
+    plans: Iterable[TensorPlan], folds: Mapping[str, Fold], table: Sequence[Readers]
+) -> dict[str, Fold]:
+    """`folds` (by target name), in which the readers of every rounded norm also undo its rounding.
+
+    Readers that are stored unquantized and unscaled keep their bytes: rounding them would cost what it gains. Reads the
+    norms from the source.
+    """
+    by_module = {p.target.module: p for p in plans if p.target.part == "text"}
+    out = dict(folds)
+    for group in table:
+        for norm in [m for m in by_module if m == group.norm or m.endswith(f".{group.norm}")]:
+            layer = norm.removesuffix(group.norm)
+            found = (by_module.get(layer + m) for m in group.modules)
+            readers = [p for p in found if p is not None and (p.spec is not None or p.target.name in folds)]
+            if readers:
+                r = _ratio(by_module[norm].target, folds.get(by_module[norm].target.name))
+                if r is not None:
+                    out |= {p.target.name: _times(out.get(p.target.name), r) for p in readers}
+    return out
+
+
+def _ratio(norm: Target, fold: Fold | None) -> np.ndarray | None:
+    """exact / stored of every channel, float32 [K]; None where all are 1."""
+    if not changes(norm, fold):
+        return None
+    k = norm.shape[0]
+    x = exact(read_band(norm, 0, k), norm, fold, 0, k)
+    stored = x.astype(DTYPES[norm.dtype]).astype(mx.float32)
+    r = np.array(mx.where(stored == 0, 1.0, x / mx.where(stored == 0, 1.0, stored)))
+    return None if not np.isfinite(r).all() or (r == 1).all() else r
+
+
+def _times(fold: Fold | None, r: np.ndarray) -> Fold:
+    columns = r if fold is None or fold.columns is None else fold.columns * r
+    return Fold(columns, fold.rows if fold is not None else None)
