@@ -8,8 +8,10 @@ starting from scales and biases that were fitted to every group by itself (`quan
 
 1. `feedback`: GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et al., arXiv 2307.13304), which needs no
    inverse. With H = (I + U) D (I + U)ᵀ, U strictly upper triangular, columns are rounded one after the other, each
-   after it was given the error of those before: code_j rounds w_j + Σ_{k<j} (w_k − ŵ_k) U_kj. Columns go by falling
-   H_jj (act-order); groups stay where they are.
+   after it was given the error of those before: code_j rounds t_j = w_j + Σ_{k<j} (w_k − ŵ_k) U_kj. Every group is
+   rounded with several scales and biases around its own; the pair stays whose Σ_j D_j (t_j − ŵ_j)² is least, which is
+   what the group adds to e for good, whatever the columns after it do. Columns go by falling H_jj (act-order), group by
+   group.
 2. `descend`: coordinate descent; every code moves to where the row's error is least with all others held.
 3. `refit`: scale and bias of a group by least squares under H with the codes held, rounded to the stored type, kept
    where that lowers the error.
@@ -24,11 +26,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from inference.backend import fused, mx
+from inference.backend import BACKEND, fused, mx
+from inference.checkpoint import AFFINE_GROUPS
 
 from .least_squares import stored
 
 BLOCK = 64  # columns between two matrix products
+# Scales and biases that `feedback` tries: so many scales, half a step apart at the range's end, and for each so many
+# shifts of the grid, spread over one step. Twice as many left 1 % less error, one alone 3 to 10 % more.
+SCALES, SHIFTS, SCALE_STEP = 5, 9, 0.5
+CHOICE_BYTES = (16 if BACKEND == "cpu" else 256) << 20  # of float32 that a group's columns take under all of them
 ROUNDS = 3  # of refit and descent after the first descent; a fourth gained under 0.3 % of e
 # Shrinking of correlations: 0.01, and more where tokens are few for the columns
 DAMPING, DAMPING_SCARCE, DAMPING_MOST = 0.01, 0.1, 0.5
@@ -36,12 +43,17 @@ DAMPING, DAMPING_SCARCE, DAMPING_MOST = 0.01, 0.1, 0.5
 
 @dataclass(frozen=True)
 class Factor:
-    """Hessians ready for use, float32: damped [E, K, K]; order and its inverse int32 [E, K]; U in that order [E, K, K]."""
+    """Hessians ready for use, float32: damped [E, K, K]; order and its inverse int32 [E, K]; in that order U [E, K, K] and
+    the pivots D [E, K]."""
 
     hessian: mx.array
     order: mx.array
     inverse: mx.array
     feedback: mx.array
+    pivots: mx.array
+
+
+Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of one Hessian: what `factorize` gives
 
 
 def damping(columns: int, tokens: float) -> float:
@@ -49,8 +61,8 @@ def damping(columns: int, tokens: float) -> float:
     return min(DAMPING + DAMPING_SCARCE * columns / max(tokens, 1.0), DAMPING_MOST)
 
 
-def factorize(hessian: np.ndarray, damp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(H damped [K, K], order [K], U [K, K]) of one Hessian [K, K].
+def factorize(hessian: np.ndarray, damp: float) -> Part:
+    """(H damped [K, K], order [K], U [K, K], D [K]) of one Hessian [K, K].
 
     Damping shrinks correlations, H + damp · diag(H): channels differ by orders of magnitude, and a multiple of the mean
     diagonal would be nothing to the large and everything to the small. A channel that saw nothing gets the least weight
@@ -63,16 +75,28 @@ def factorize(hessian: np.ndarray, damp: float) -> tuple[np.ndarray, np.ndarray,
     h /= root[:, None]  # correlations: well scaled whatever the channels
     root *= np.exp2(-np.round(np.log2(root.max())))  # a unit that float32 has room around; changes no code
     np.fill_diagonal(h, 1.0 + damp)
-    order = np.argsort(-root, kind="stable")
+    order = _order(root)
     upper = _upper(h[np.ix_(order, order)], damp)
-    upper /= np.diagonal(upper).copy()
+    diagonal = np.diagonal(upper).copy()
+    upper /= diagonal
     np.fill_diagonal(upper, 0.0)
     sorted_root = root[order]
+    pivots = np.square(diagonal * sorted_root)
     upper /= sorted_root
     upper *= sorted_root[:, None]  # in the channels' units again: U_kj takes an error of k and adds to j
     h *= root
     h *= root[:, None]
-    return h.astype(np.float32), order.astype(np.int32), upper.astype(np.float32)
+    return h.astype(np.float32), order.astype(np.int32), upper.astype(np.float32), pivots.astype(np.float32)
+
+
+def _order(root: np.ndarray) -> np.ndarray:
+    """Columns [K] by falling root, those of a group together whatever the group size is: its sizes nest."""
+    column = np.arange(len(root))
+    keys = [-root]
+    for size in sorted(AFFINE_GROUPS):
+        starts = np.arange(0, len(root), size)
+        keys += [column // size, -np.maximum.reduceat(root, starts)[column // size]]
+    return np.lexsort(keys)
 
 
 def _upper(c: np.ndarray, damp: float) -> np.ndarray:
@@ -86,18 +110,16 @@ def _upper(c: np.ndarray, damp: float) -> np.ndarray:
     return np.eye(len(c))
 
 
-def rescale(
-    part: tuple[np.ndarray, np.ndarray, np.ndarray], old: np.ndarray, new: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The result of `factorize` for D H D, where D takes the second moments from old [K] to new [K]; the order stays."""
-    hessian, order, upper = part
+def rescale(part: Part, old: np.ndarray, new: np.ndarray) -> Part:
+    """The result of `factorize` for S H S, where S takes the second moments from old [K] to new [K]; the order stays."""
+    hessian, order, upper, pivots = part
     floor = np.maximum(old.max(initial=0.0) * 1e-12, 1e-30)
     d = np.sqrt(np.maximum(new, floor) / np.maximum(old, floor)).astype(np.float32)
     sorted_d = d[order]
-    return hessian * d * d[:, None], order, upper / sorted_d * sorted_d[:, None]
+    return hessian * d * d[:, None], order, upper / sorted_d * sorted_d[:, None], pivots * np.square(sorted_d)
 
 
-def factor_of(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Factor:
+def factor_of(parts: list[Part]) -> Factor:
     """Results of `factorize`, one a matrix, as device arrays."""
     order = np.stack([p[1] for p in parts])
     return Factor(
@@ -105,6 +127,7 @@ def factor_of(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Factor:
         mx.array(order),
         mx.array(np.argsort(order, axis=1).astype(np.int32)),
         mx.array(np.stack([p[2] for p in parts])),
+        mx.array(np.stack([p[3] for p in parts])),
     )
 
 
@@ -116,7 +139,7 @@ def optimize(
     w: [E, K, R]; scales, biases: [E, G, R], representable in dtype, as the results are.
     """
     top = 2**bits - 1
-    codes = feedback(w, scales, biases, factor, top)
+    codes, scales, biases = feedback(w, scales, biases, factor, top, dtype)
     codes = descend(w, codes, scales, biases, factor.hessian, top)
     for _ in range(rounds):
         scales, biases = refit(w, codes, scales, biases, factor.hessian, dtype)
@@ -136,29 +159,74 @@ def dequantized(codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array
     return mx.repeat(scales, group, axis=1) * codes + mx.repeat(biases, group, axis=1)
 
 
-def feedback(w: mx.array, scales: mx.array, biases: mx.array, factor: Factor, top: int) -> mx.array:
-    """Codes [E, K, R] by error feedback; arguments as for `optimize`."""
-    k, u, limit = w.shape[1], factor.feedback, mx.array(float(top))
-    order = factor.order[..., None]
-    groups = order // (k // scales.shape[1])
-    w = mx.take_along_axis(w, order, axis=1)
-    s, b = mx.take_along_axis(scales, groups, axis=1), mx.take_along_axis(biases, groups, axis=1)
+def feedback(
+    w: mx.array, scales: mx.array, biases: mx.array, factor: Factor, top: int, dtype: mx.Dtype, choose: bool = True
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(codes [E, K, R], scales, biases [E, G, R]) by error feedback; arguments as for `optimize`.
+
+    choose: among scales and biases around those given; otherwise these are kept.
+    """
+    n = w.shape[1] // scales.shape[1]
+    order, u = factor.order, factor.feedback
+    w = mx.take_along_axis(w, order[..., None], axis=1)
+    groups = order[:, ::n] // n  # [E, G], in the order they are rounded
+    s, b = (mx.take_along_axis(x, groups[..., None], axis=1) for x in (scales, biases))
+    rows = max(1, CHOICE_BYTES // (4 * n * (SCALES * SHIFTS if choose else 1) * len(w)))  # at once
     codes: list[mx.array] = []
     errors: list[mx.array] = []
-    for i in range(0, k, BLOCK):
-        end = min(k, i + BLOCK)
-        rest = w[:, i:end]  # what columns i … should be, given the errors so far
+    chosen: list[tuple[mx.array, mx.array]] = []
+    for g in range(s.shape[1]):
+        i, end = g * n, (g + 1) * n
+        target = w[:, i:end]  # what these columns should be, given the errors so far
         if errors:
-            rest = rest + u[:, :i, i:end].swapaxes(1, 2) @ mx.concatenate(errors, axis=1)
-        found = []
-        for j in range(i, end):
-            found.append(_round(rest[:, 0], w[:, j], s[:, j], b[:, j], limit))
-            if j + 1 < end:
-                rest = _add_outer(rest[:, 1:], u[:, j, j + 1 : end, None], found[-1][1][:, None])
-        codes.append(mx.stack([q for q, _ in found], axis=1))
-        errors.append(mx.stack([e for _, e in found], axis=1))
-        mx.eval(codes[-1], errors[-1])
-    return mx.take_along_axis(mx.concatenate(codes, axis=1), factor.inverse[..., None], axis=1)
+            target = target + u[:, :i, i:end].swapaxes(1, 2) @ mx.concatenate(errors, axis=1)
+        pairs = _choices(s[:, g], b[:, g], top, dtype) if choose else (s[:, g, None], b[:, g, None])
+        parts = []
+        for r in range(0, w.shape[2], rows):
+            at = slice(r, r + rows)
+            s_at, b_at = (x[..., at] for x in pairs)
+            inner = (u[:, i:end, i:end], factor.pivots[:, i:end])
+            parts.append(_round_group(w[:, i:end, at], target[..., at], s_at, b_at, *inner, top))
+            mx.eval(parts[-1])
+        q, e, s1, b1 = (mx.concatenate(list(x), axis=-1) for x in zip(*parts, strict=True))
+        codes.append(q)
+        errors.append(e)
+        chosen.append((s1, b1))
+    back = mx.argsort(groups, axis=1)[..., None]
+    s, b = (mx.take_along_axis(mx.stack(list(x), axis=1), back, axis=1) for x in zip(*chosen, strict=True))
+    return mx.take_along_axis(mx.concatenate(codes, axis=1), factor.inverse[..., None], axis=1), s, b
+
+
+def _choices(s: mx.array, b: mx.array, top: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Scales and biases [E, C, R] around those of one group [E, R]: the range's middle stays but for the shift."""
+    scale = 1 + mx.array([(i - SCALES // 2) * SCALE_STEP / top for i in range(SCALES) for _ in range(SHIFTS)])
+    shift = mx.array([(i - SHIFTS // 2) / SHIFTS for _ in range(SCALES) for i in range(SHIFTS)])
+    s1 = stored(s[:, None] * scale[:, None], dtype)
+    return s1, stored(b[:, None] + (s[:, None] - s1) * (top / 2) + s[:, None] * shift[:, None], dtype)
+
+
+def _round_group(
+    w: mx.array, target: mx.array, s: mx.array, b: mx.array, u: mx.array, pivots: mx.array, top: int
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Codes and errors w − ŵ [E, n, R] of one group, with that scale and bias [E, R] which adds least to e.
+
+    w, target: [E, n, R]; s, b: [E, C, R] to choose from; u: [E, n, n]; pivots: [E, n].
+    """
+    n, limit = w.shape[1], mx.array(float(top))
+    rest = mx.repeat(target[:, :, None], s.shape[1], axis=2)
+    cost = mx.zeros(s.shape)
+    found = []
+    for j in range(n):
+        q, e, cost = _round(rest[:, 0], w[:, j, None], s, b, limit, pivots[:, j, None, None], cost)
+        found.append((q, e))
+        if j + 1 < n:
+            rest = _add_outer(rest[:, 1:], u[:, j, j + 1 :, None, None], e[:, None])
+    best = mx.argmin(cost, axis=1)[:, None]  # [E, 1, R]
+    codes, errors = (mx.stack(list(x), axis=1) for x in zip(*found, strict=True))
+    every = mx.broadcast_to(best[:, None], (len(w), n, 1, w.shape[2]))
+    codes, errors = (mx.take_along_axis(x, every, axis=2)[:, :, 0] for x in (codes, errors))
+    s, b = (mx.take_along_axis(x, best, axis=1)[:, 0] for x in (s, b))
+    return codes, errors, s, b
 
 
 def descend(w: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, hessian: mx.array, top: int) -> mx.array:
@@ -225,10 +293,13 @@ def _refit(
 
 
 @fused
-def _round(target: mx.array, w: mx.array, s: mx.array, b: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
-    """Code of one column [E, R] and its error."""
+def _round(
+    target: mx.array, w: mx.array, s: mx.array, b: mx.array, top: mx.array, pivot: mx.array, cost: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes of one column [E, C, R] for every pair, their errors, and the cost so far."""
     q = mx.clip(mx.round((target - b) / mx.where(s == 0, 1.0, s)), 0, top)
-    return q, w - (s * q + b)
+    y = s * q + b
+    return q, w - y, cost + pivot * mx.square(target - y)
 
 
 @fused

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .gptq import Factor, damping, factor_of, factorize, rescale
+from .gptq import Factor, Part, damping, factor_of, factorize, rescale
 from .solve import Moments
 from .statistics import KAPPA, Statistics
 
@@ -114,9 +114,7 @@ class FromStatistics:
         self._factors[key] = factor_of(self._parts(module, rows, columns))
         return self._factors[key]
 
-    def _parts(
-        self, module: str, rows: slice | None, columns: np.ndarray | None
-    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _parts(self, module: str, rows: slice | None, columns: np.ndarray | None) -> list[Part]:
         s = self.statistics
         if module not in s or s.input(module).experts is None:
             hessian = s.objective_hessian(module)

@@ -5,7 +5,8 @@ looks like (`Moments`). Rows are independent of each other, so solvers work on a
 
     rtn    round to nearest: exactly `mx.quantize` (on a CPU by `quant.nearest`, several formats at once)
     ls     scale and bias by least squares, weighted by E[x²] (`quant.least_squares`)
-    gptq   the whole Hessian: error feedback on the scales of `ls`, coordinate descent, refitted scales (`quant.gptq`)
+    gptq   the whole Hessian: error feedback with scales chosen around those of `ls`, coordinate descent, refitted scales
+           (`quant.gptq`)
 
 None is worse than round to nearest on its own objective: `ls` a group at a time under E[x²], `gptq` a row at a time under
 the (damped) Hessian. Without statistics `ls` weighs all channels alike and `gptq` is `ls`. The float formats (mxfp4,

@@ -180,17 +180,39 @@ def test_never_worse_than_nearest_on_its_own_objective(kind, dtype, solver):
 @pytest.mark.parametrize("kind", hard_hessians())
 def test_a_degenerate_hessian_is_factorized(kind):
     hessian = hard_hessians()[kind]
-    damped, order, upper = gptq.factorize(hessian, 0.02)
-    assert all(np.isfinite(a).all() for a in (damped, upper))
+    damped, order, upper, pivots = gptq.factorize(hessian, 0.02)
+    assert all(np.isfinite(a).all() for a in (damped, upper, pivots))
     assert (np.diagonal(damped) > 0).all()
+    assert (pivots > 0).all()
     assert sorted(order) == list(range(COLUMNS))
     assert not np.tril(upper).any()
     unit = np.eye(COLUMNS) + upper.astype(np.float64)
     h = damped[np.ix_(order, order)].astype(np.float64)
-    inner = np.linalg.solve(unit, np.linalg.solve(unit, h).T)
     scale = np.sqrt(np.diagonal(h))
-    off = (unit @ np.diag(np.diagonal(inner)) @ unit.T - h) / scale / scale[:, None]
+    off = (unit @ np.diag(pivots.astype(np.float64)) @ unit.T - h) / scale / scale[:, None]
     assert np.abs(off).max() < 1e-4
+
+
+@pytest.mark.parametrize("columns", [32, 64, 96, 128, 320, 576])
+def test_the_order_keeps_the_groups_of_every_size_together(columns):
+    order = gptq.factorize(second_moment(inputs(columns, spread=2.0)), 0.02)[1]
+    assert sorted(order) == list(range(columns))
+    for size in [g for g in AFFINE_GROUPS if columns % g == 0]:
+        assert (np.ptp(order.reshape(-1, size) // size, axis=1) == 0).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_choosing_among_scales_leaves_less_error(bits):
+    x, moments = hard_case()
+    factor = moments.factor
+    assert factor is not None
+    w, s, b = start_of(x, QuantSpec(bits, 32), moments.second)
+    kept, chosen = (gptq.feedback(w, s, b, factor, 2**bits - 1, x.dtype, choose) for choose in (False, True))
+    for got in chosen[1:]:
+        assert mx.array_equal(got, got.astype(x.dtype).astype(mx.float32))
+    assert mx.array_equal(chosen[0], mx.clip(mx.round(chosen[0]), 0, 2**bits - 1))
+    plain, better = (np.array(gptq.error(w, *found, factor.hessian)) for found in (kept, chosen))
+    assert better.sum() < 0.97 * plain.sum()
 
 
 def test_statistics_that_are_no_numbers_never_reach_a_solver(tiny, tmp_path):
@@ -285,7 +307,7 @@ def test_error_feedback_gives_the_codes_of_the_paper(columns):
     moments = moments_of(second_moment(inputs(columns, seed=columns, spread=0.7)))
     assert moments.factor is not None
     w, s, b = start_of(x, QuantSpec(3, 32), moments.second)
-    found = np.array(gptq.feedback(w, s, b, moments.factor, 7)[0]).T
+    found = np.array(gptq.feedback(w, s, b, moments.factor, 7, mx.float32, choose=False)[0][0]).T
     h, order = np.array(moments.factor.hessian[0], np.float64), np.array(moments.factor.order[0])
     expected = optimal_brain_quantizer(
         as_numpy(x), np.array(s[0].T, np.float64), np.array(b[0].T, np.float64), h, order, 7
@@ -317,7 +339,7 @@ def test_descent_moves_every_code_to_where_no_single_move_helps():
     assert moments.factor is not None
     h = moments.factor.hessian
     w, s, b = start_of(x, QuantSpec(3, 64), moments.second)
-    q = gptq.feedback(w, s, b, moments.factor, 7)
+    q, s, b = gptq.feedback(w, s, b, moments.factor, 7, x.dtype)
     for _ in range(20):
         q = gptq.descend(w, q, s, b, h, 7)
     at = np.array(gptq.error(w, q, s, b, h))
