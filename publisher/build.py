@@ -20,6 +20,7 @@ from . import __version__, card_figure, provenance
 from .allocation import UNKNOWN
 from .base import ResolvedBase, fetch_imatrix, fingerprint, remember_source_hash
 from .card import figure, gather, render
+from .card_format import size
 from .card_notes import CardFault, Notes, read_card, read_notes
 from .plan import build_inputs, disk_needed, quant_table, select_targets
 from .prune import require_weights
@@ -238,7 +239,7 @@ def quantize(
             _record(project, manifest, ids, done, wall)
         finish(job.staging, project.store.variant(done.variant))
         report.line(
-            f"{done.variant}: {manifest.nbytes / 1e9:.3f} GB, {8 * manifest.text_nbytes / manifest.text_params:.2f} bits a "
+            f"{done.variant}: {size(manifest.nbytes)}, {8 * manifest.text_nbytes / manifest.text_params:.2f} bits a "
             f"weight, weights {manifest.weights_hash[:12]}"
         )
 

@@ -28,6 +28,7 @@ from quant.source import source_hash_of
 from quant.statistics import STATISTICS_VERSION, Statistics
 
 from .base import ResolvedBase, known_source_hash, remember_source_hash, resolve_base
+from .card_format import size
 from .costing import current, measure_costs, solver_of
 from .evaluate_corpora import read_conversations
 from .protocol import CALIBRATION_CHAT, CALIBRATION_TEXT
@@ -80,7 +81,7 @@ def calibrate(project: Project, hub: Callable[[], Hub], report: Report, force: b
     with report.bar("calibrate") as tick:
         job = _Job(base.folder, base.name, base_hash(project, base), key, windows, parts, spec.fisher_tokens, spec.seed)
         record = _collect(job, final, lambda done, total: tick(done, total))
-    report.line(f"statistics {final.name}: {record.wall_s:.0f} s, {record.nbytes / 1e9:.2f} GB on disk")
+    report.line(f"statistics {final.name}: {record.wall_s:.0f} s, {size(record.nbytes)} on disk")
     return Calibrated(final, record, True, measure_costs(project, base, Statistics(final), windows, report, force))
 
 

@@ -22,6 +22,7 @@ from inference.checkpoint import INDEX, MAX_HEADER_BYTES
 from inference.errors import CheckFailed, InputError, ResourceError
 from inference.strict import parse_json
 
+from .card_format import size
 from .store import write_bytes
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def check_disk(needs: Mapping[Path, int]) -> None:
         total, free = sum(nbytes for _, nbytes in parts), shutil.disk_usage(parts[0][0]).free
         if total > free:
             where = " and ".join(dict.fromkeys(str(folder) for folder, nbytes in parts if nbytes))
-            raise ResourceError(f"disk: {total / 1e9:.2f} GB needed at {where}, {free / 1e9:.2f} GB free")
+            raise ResourceError(f"disk: {size(total)} needed at {where}, {size(free)} free")
 
 
 def download_base(hub: Hub, repo: str, commit: str, progress: Progress | None = None) -> Path:

@@ -30,6 +30,7 @@ from quant.statistics import Statistics
 from .base import ResolvedBase, resolve_base
 from .build import check_places, keep_own, render_cards, sweep
 from .calibrate import RECORD, key_of
+from .card_format import size
 from .card_notes import Notes, read_notes
 from .costing import COSTS, current, solver_of
 from .fetch import check_disk
@@ -457,7 +458,7 @@ def _bring_statistics(project: Project, folder: Path, record: CalibrationRecord,
     known, out = read_result(final / RECORD, CalibrationRecord), []
     try:
         if known is None or known.key != record.key:
-            report.line(f"statistics {final.name}: {record.nbytes / 1e9:.2f} GB from {folder.parents[1]}")
+            report.line(f"statistics {final.name}: {size(record.nbytes)} from {folder.parents[1]}")
             staging = project.store.staging("statistics", digest({"merged": record.key, "from": str(folder)}))
             with _discarded(staging):
                 _stage(folder, staging / "files", record.files)

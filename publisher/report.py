@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .card_format import size
+
 LINE_EVERY_S = 10.0  # off a terminal, at most one progress line in this time
 
 
@@ -29,7 +31,7 @@ class Report:
 
     def nbytes(self, what: str, done: int, total: int) -> None:
         """A line: how many bytes of a transfer or a pass are done."""
-        self.line(f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+        self.line(f"{what}: {size(done)} of {size(total)}")
 
     @contextmanager
     def bar(self, label: str) -> Iterator[Any]:

@@ -173,7 +173,7 @@ def plan_text(seen: Survey) -> str:
             "",
             *([told, ""] if (told := _sizes(rungs)) else []),
             *(UNITS_WITH_VISION if vision else UNITS),
-            f"To build {len(stale)} of {len(rungs)}: {need / 1e9:.2f} GB of disk, at most {memory / 1e9:.1f} GB of memory."
+            f"To build {len(stale)} of {len(rungs)}: {size(need)} of disk, at most {size(memory)} of memory."
             if stale
             else "Weights of all variants are current.",
         )

@@ -21,6 +21,7 @@ from inference.generate import Sampling, chat, generate
 from inference.load import Model, hidden_states_streamed, load_head
 from inference.tokenizer import Tokenizer
 
+from .card_format import size
 from .protocol import CHAT_TURN, smoke_text
 from .schema import Check, SmokeSpec
 from .variants import Project
@@ -74,7 +75,7 @@ def reference_streamed(project: Project, folder: Path, reason: str) -> Reference
 
 def smoke(project: Project, model: Model, ref: Reference, ceiling: float) -> Verdict:
     """Judge a loaded variant."""
-    checks = [Check(name="loads", passed=True, detail=f"{model.nbytes / 1e9:.2f} GB in memory")]
+    checks = [Check(name="loads", passed=True, detail=f"{size(model.nbytes)} in memory")]
     logits = model.forward(mx.array([list(ref.tokens)]))[0]
     bad = nonfinite_count(logits)
     checks.append(

@@ -13,6 +13,7 @@ from inference.generate import Sampling, chat, generate
 from inference.load import PREFILL_STEP, Model, Weights, load
 from inference.tokenizer import Tokenizer
 
+from .card_format import size
 from .prune import require_weights
 from .report import Report
 from .schema import Manifest
@@ -76,7 +77,7 @@ def talk(
         answer = _answer(model, [], prompt, model.make_cache(), sampling, max_tokens, variables, echo)
         return [{"question": prompt, "answer": answer}]
     if sys.stdin.isatty():
-        report.line(f"{folder.name}: {model.nbytes / 1e9:.2f} GB in memory. {HELP}")
+        report.line(f"{folder.name}: {size(model.nbytes)} in memory. {HELP}")
     messages: list[dict[str, Any]] = []
     turns: list[dict[str, str]] = []
     cache = model.make_cache()

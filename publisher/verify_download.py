@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from inference.errors import CheckpointError, InputError, ResourceError
 
+from .card_format import size
 from .fetch import check_disk
 from .push_plan import local_files, repo_id, same
 from .report import Report
@@ -57,7 +58,7 @@ def verify_download(hub: Hub, project: Project, id: str, trust: Trust, report: R
     total = sum(f.size for f in tree.values())
     check_disk({places: total})
     with scratch("download", places) as work:
-        report.line(f"{id}: downloading {total / 1e9:.2f} GB of {repo} at {commit[:12]}")
+        report.line(f"{id}: downloading {size(total)} of {repo} at {commit[:12]}")
         folder = hub.download(repo, commit, work / "repo", work / "cache")
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's own notes
         checks = [check_of("repo", "", f"{repo} at {commit[:12]}, {len(tree)} files")]
