@@ -12,8 +12,9 @@ size in every build on one kind of device.
 
 Memory, beyond the interpreter and whatever the model's size: jobs + 1 bands in solving and as many in writing, each
 the source (8 MiB) and one packed copy a format (at most 5 MiB), and in each solver what it works with (3 × 16 MiB while
-it folds); scales and biases of one weight, kept until its codes are written (4 / group_size bytes an element a format:
-64 MB for each distinct format of a 248320 × 4096 embedding in groups of 64). docs/benchmarks.md has measured peaks.
+it folds; four times `gptq.CHOICE_BYTES` and its Hessian's factor by `gptq`); scales and biases of one weight, kept until
+its codes are written (4 / group_size bytes an element a format: 64 MB for each distinct format of a 248320 × 4096
+embedding in groups of 64). docs/benchmarks.md has measured peaks.
 
 Peak disk: all variants of the run, beside what they replace.
 """
