@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.errors import GateRefused, InputError
+from inference.families import names_of
 from quant.folder import finish, replaced
 
 from . import __version__, card_figure, provenance
@@ -251,7 +252,7 @@ def _job(
     that were searched. shared: statistics that other jobs of this run use, by folder."""
     from quant.awq import folds  # noqa: PLC0415
     from quant.awq_search import search  # noqa: PLC0415
-    from quant.folding import undo_rounded_norms  # noqa: PLC0415
+    from quant.folding import round_together, undo_rounded_norms  # noqa: PLC0415
     from quant.imatrix import read_imatrix  # noqa: PLC0415
     from quant.moments import FromImportance, FromStatistics  # noqa: PLC0415
     from quant.version import QUANT_VERSION  # noqa: PLC0415
@@ -286,6 +287,10 @@ def _job(
         statistics_key = key_of(project, seen.base)
     if project.solver(rung.id) != "rtn":  # whose bytes are those of mlx_lm.convert
         scales = undo_rounded_norms(rung.plan.plans, scales, table.READERS)
+        if table.PAIRED_NORMS:
+            config = seen.base.checkpoint.config
+            rotary = names_of(config).read_config(config).rotary_dim
+            scales |= round_together(rung.plan.plans, table.PAIRED_NORMS, rotary)
     inputs = _inputs(project, seen.base, rung, imatrix, statistics_key, QUANT_VERSION)
     key = digest({"inputs": inputs.model_dump(mode="json"), "files": fingerprint(seen.base.checkpoint)})
     job = {

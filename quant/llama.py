@@ -31,6 +31,7 @@ READERS: tuple[Readers, ...] = (
     Readers("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     Readers("model.norm", ("lm_head",)),
 )
+PAIRED_NORMS: tuple[tuple[str, str], ...] = ()
 
 # llama.cpp's names (gguf-py constants for llama). Its converter permutes the ROWS of q and k within each head, for its
 # own order of rotations; input channels, which statistics are of, stay as they are. The output may be missing

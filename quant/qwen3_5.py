@@ -57,6 +57,7 @@ READERS: tuple[Readers, ...] = (
     ),
     Readers("model.norm", ("lm_head",)),
 )  # fmt: skip
+PAIRED_NORMS = (("self_attn.q_norm", "self_attn.k_norm"),)  # of which a score sees the product
 
 # llama.cpp's names (gguf-py constants for qwen35 and qwen35moe). `required`: AWQ or a solver needs the class; the
 # routers, the tiny a/b and the output (llama-imatrix --process-output) may be missing.

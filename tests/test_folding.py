@@ -13,7 +13,7 @@ from inference.backend import mx
 from inference.load import Weights
 from quant import llama, qwen3_5
 from quant.convert import convert
-from quant.folding import undo_rounded_norms
+from quant.folding import round_together, undo_rounded_norms
 
 LAYERS = "language_model.model.layers."
 READERS = {
@@ -82,3 +82,27 @@ def test_a_solver_undoes_it_and_rounding_to_nearest_stays_what_other_tools_store
         stored = Weights(tmp_path / "build" / id).linear(module)
         ratio = np.array((stored.unpacked() * w).sum(axis=0) / mx.square(w).sum(axis=0))
         assert np.sqrt(np.mean((ratio - expected) ** 2)) < 0.4 * np.std(r)
+
+
+@pytest.mark.parametrize("rotary", [0, 16, 64])
+def test_queries_and_keys_are_rounded_to_the_products_that_a_score_sees(tiny, tmp_path, rotary):
+    j = job(tiny, tmp_path / "v")
+    folds = round_together(j.plans, qwen3_5.PAIRED_NORMS, rotary)
+    (done,) = convert([replace(j, folds=folds)])
+    names = [f"{LAYERS}3.self_attn.{n}.weight" for n in ("q_norm", "k_norm")]
+    assert set(folds) == set(names)
+    (q, k), (q1, k1) = (
+        [np.array(w.array(n)).astype(np.float64) for n in names] for w in (Weights(tiny), Weights(done.folder))
+    )
+    assert np.abs(np.log(q1 / q)).max() < 0.36  # half an octave at most
+    still = slice(rotary, None)
+    assert (np.abs(np.log(q1 * k1 / (q * k)))[still] < 2**-11).all()
+    nearest = np.sqrt(np.mean(np.square(np.log(as_stored(q) * as_stored(k) / (q * k)))))
+    low, high = slice(0, rotary // 2), slice(rotary // 2, rotary)
+    for a, b in ((low, low), (high, high), (low, high), (high, low)):  # what turns together
+        error = np.log(q1[a] * k1[b] / (q[a] * k[b]))
+        assert np.square(error).sum() <= len(error) * (0.35 * nearest) ** 2
+
+
+def as_stored(x):
+    return np.array(mx.array(x.astype(np.float32)).astype(mx.bfloat16).astype(mx.float32), np.float64)
