@@ -46,12 +46,14 @@ NO_HUB = "http://127.0.0.1:9"  # the discard port: nothing answers there
 # which all others would wait for.
 SLOW = [
     "build", "solve",
-    "evaluate", "calibrate",
-    "cli", "faults",
-    "smoke", "crash",
-    "release_ladder", "card_snippets",
-    "rebuild", "card",
-    "sizes", "mlx_lm",
+    "cli", "demo",
+    "crash", "evaluate",
+    "secrets", "sensitivity",
+    "startup", "quant_resume",
+    "calibrate", "card",
+    "release_ladder", "smoke",
+    "merge", "quant_convert",
+    "shard", "card_snippets",
 ]  # fmt: skip
 
 
