@@ -28,12 +28,12 @@ PUBLISH = Path(sys.executable).with_name("publish")  # of the environment that r
 FOREIGN = ("HF_", "HUGGING", "PUBLISH_HUB_TOKEN")  # variables of the caller that are not passed on
 START_S = 60  # for the hub to answer; it takes about one
 MARK = "demo.log"  # a folder that holds it is ours to replace
-# --quick: one short run each, for tests; the figures say even less
+# --quick: one short run each, and a short smoke test, for tests; the figures say even less
 QUICK = {
     "turns: 4": "turns: 2",
     "turn_tokens: 32": "turn_tokens: 8",
     "prefill: [64, 256]": "prefill: [64]",
-    "runs: 2": "runs: 1",
+    "runs: 2": "runs: 1\nsmoke: {prompts: [The quick brown fox], max_tokens: 32, text_tokens: 64}",
 }
 
 
@@ -56,7 +56,7 @@ class Log:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     options.add_argument("--out", type=Path, default=Path("demo-out"), metavar="FOLDER", help="work folder [demo-out]")
-    options.add_argument("--quick", action="store_true", help="a benchmark of one short run")
+    options.add_argument("--quick", action="store_true", help="a short smoke test, a benchmark of one short run")
     given = options.parse_args()
     started = time.monotonic()
     try:

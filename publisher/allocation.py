@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
 from inference.checkpoint import Checkpoint
@@ -30,6 +29,7 @@ from .schema import Allocation, AllocationInput, Bench, Costs, Manifest
 from .sizes import CONTEXT, Facts, Size, nominal_bits, text_budget, workspace_bound, workspace_least
 from .store import digest, read_model, read_result, write_text
 from .variants import Project, explain, parse_yaml, to_rule, to_spec
+from .yaml_text import yaml_text
 
 if TYPE_CHECKING:
     from .base import ResolvedBase
@@ -302,5 +302,5 @@ def frozen_text(id: str, allocation: Allocation) -> str:
     """A frozen allocation, as YAML."""
     value = allocation.model_dump(mode="json", exclude_none=True)
     value["rules"] = [r.model_dump(mode="json", exclude_defaults=True) for r in allocation.rules]
-    body = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    body = yaml_text(value, 110, flow=None)
     return f"# Formats of {id}, as `publish allocate {id} --freeze` found them. Builds use them as they are.\n" + body

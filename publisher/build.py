@@ -20,7 +20,7 @@ from quant.folder import finish, replaced
 from . import __version__, card_figure, provenance
 from .allocation import UNKNOWN
 from .base import ResolvedBase, fetch_imatrix, fingerprint, remember_source_hash
-from .card import figure, gather, render
+from .card import Facts, figure, gather, render
 from .card_format import size
 from .card_notes import CardFault, Notes, read_card, read_notes
 from .plan import build_inputs, disk_needed, quant_table, select_targets
@@ -507,9 +507,11 @@ def require_built(project: Project, id: str) -> Manifest:
     return manifest
 
 
-def card_texts(project: Project, base: Path, ids: Sequence[str] | None = None) -> tuple[dict[str, str], dict[str, str]]:
+def card_texts(
+    project: Project, facts: Facts, ids: Sequence[str] | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
     """The card of every built variant, as it would be rendered now; why, in one line, of those that cannot be."""
-    facts, templates = gather(project, base), card_templates(project)
+    templates = card_templates(project)
     built = [id for id in ids or project.ladder.variants if read_manifest(project, id) and not facts.variant(id).error]
     texts, faults = {}, {}
     for id in built:
@@ -520,9 +522,8 @@ def card_texts(project: Project, base: Path, ids: Sequence[str] | None = None) -
     return texts, faults
 
 
-def card_figures(project: Project, base: Path, ids: Sequence[str] | None = None) -> dict[str, list[str]]:
+def card_figures(project: Project, facts: Facts, ids: Sequence[str] | None = None) -> dict[str, list[str]]:
     """What beside the text of every built variant's card, its pictures and the provenance, is not what it would be now."""
-    facts = gather(project, base)
     built = [id for id in ids or project.ladder.variants if facts.variant(id).contents]
     return {
         id: [

@@ -35,6 +35,7 @@ from .sizes import CONTEXT, workspace_bound
 from .store import read_model, read_result
 from .survey import quality_state, read_quality
 from .variants import Project
+from .yaml_text import yaml_text
 
 LANGUAGE = re.compile(r"[A-Za-z][A-Za-z\-]{1,19}")
 GGUF_LABEL = re.compile(r"I?Q[1-8]_(K(_(S|M|L|XL))?|[01]|XXS|XS|NL|S|M)|MXFP4(_MOE)?")
@@ -485,4 +486,4 @@ def _fragment(project: Project, id: str, inputs: BuildInputs, contents: Contents
         "recipes": {name: recipe},
         "variants": {id: {"bits": inputs.bits, "recipe": name}},
     }
-    return yaml.safe_dump(out, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=None)
+    return yaml_text(out, 1000, flow=None)

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote as quote_url
 
-import yaml
-
 from .schema import Interval, Stat
+from .yaml_text import yaml_text
 
 ABSOLUTE = re.compile(r"(?<![\w.:/~])(?:[A-Z]:)?[/\\](?:[^\s/\\:,'\"]+[/\\])+")
 
@@ -159,7 +158,7 @@ def code(text: Any) -> str:
 
 def to_yaml(value: Any) -> str:
     """YAML in the given key order; each scalar on one line."""
-    return yaml.safe_dump(_one_line(value), sort_keys=False, allow_unicode=True, width=10_000)
+    return yaml_text(_one_line(value), 10_000)
 
 
 def _one_line(value: Any) -> Any:

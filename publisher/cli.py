@@ -381,6 +381,7 @@ def card(options: Options, ids: tuple[str, ...], all_variants: bool, check: bool
     from . import show
     from .base import resolve_base
     from .build import card_figures, card_texts, refuse_faults, render_cards, require_built
+    from .card import gather
 
     project = options.project
     chosen = project.select(ids, all_variants or check)
@@ -393,8 +394,9 @@ def card(options: Options, ids: tuple[str, ...], all_variants: bool, check: bool
         options.show(show.cards_json(chosen, done), lambda: show.cards_text(project, chosen, done))
         refuse_faults(done.faults)
         return
-    texts, faults = card_texts(project, base.folder, chosen)
-    stale = show.card_diffs(project, texts, card_figures(project, base.folder, chosen))
+    facts = gather(project, base.folder)
+    texts, faults = card_texts(project, facts, chosen)
+    stale = show.card_diffs(project, texts, card_figures(project, facts, chosen))
     options.show({"stale": stale, "faults": faults}, lambda: show.card_check_text(len(texts), stale))
     refuse_faults(faults)
     if stale:

@@ -99,12 +99,17 @@ def percentile_interval(values: np.ndarray, owner: np.ndarray, windows: int, per
     if not len(values):
         return None
     value = float(np.percentile(values, percent))
-    of = [values[owner == w] for w in range(windows)]
+    order = np.argsort(values)
+    values, owner = values[order], owner[order]
     found = []
     for row in _weights(windows, TAIL_RESAMPLES):
-        sample = np.concatenate([np.tile(of[w], int(row[w])) for w in np.flatnonzero(row)])
-        if len(sample):
-            found.append(np.percentile(sample, percent))
+        # np.percentile of each value as often as its window was drawn, without making that: it is sorted once for all
+        upto = np.cumsum(row[owner])
+        if upto[-1]:
+            place = (upto[-1] - 1) * (percent / 100)
+            below = int(place)
+            a, b = values[np.searchsorted(upto, [below, min(below + 1, upto[-1] - 1)], side="right")]
+            found.append(a + (b - a) * (place - below))
     low, high = _expanded(np.array(found), windows)
     return Interval(value=_digits(value), low=_digits(min(low, value)), high=_digits(max(high, value)))
 

@@ -15,6 +15,7 @@ from inference.errors import AuthError, GateRefused, InputError, PublishError, R
 from .account import Account, private_limit
 from .base import resolve_base
 from .build import card_texts
+from .card import gather
 from .card_format import size
 from .card_history import adopt, card_command
 from .card_metadata import unlisted_license
@@ -191,7 +192,7 @@ def _unaccounted(project: Project, hub: Hub, ids: Sequence[str]) -> dict[str, Pu
     """Variants whose card does not say yet that weights found on the hub are replaced."""
     if not ids:
         return {}
-    texts, _ = card_texts(project, resolve_base(project, lambda: hub, weights=False).folder, ids)
+    texts, _ = card_texts(project, gather(project, resolve_base(project, lambda: hub, weights=False).folder), ids)
     stale = [id for id in ids if texts.get(id) != read_card(project.store.variant(id) / "README.md")]
     return {
         id: GateRefused(

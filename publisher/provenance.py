@@ -20,8 +20,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from quant.recipe import Recipe, Rule, rule_bits
 
 from .allocation import frozen_text
@@ -46,6 +44,7 @@ from .schema import (
 from .store import discard_leftovers, model_text, read_result, write_bytes
 from .variants import Project, to_spec
 from .verify import PROVENANCE
+from .yaml_text import yaml_text
 
 FOLDER = "provenance"
 LADDER, LOCK = f"{FOLDER}/variants.yaml", f"{FOLDER}/lock.json"
@@ -56,13 +55,6 @@ HEAD = """\
 # How {id} of this repo was made, resolved: every rule with its bits, every revision a commit. lock.json beside this file
 # says what it was applied to. `publish verify --rebuild FOLDER` builds the variant again from these two and compares.
 """
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes everything out: an alias is not taken when the file is read."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def expected(project: Project, manifest: Manifest) -> dict[str, bytes]:
@@ -173,10 +165,7 @@ def _locked(project: Project, id: str, used: ImatrixInput) -> LockedFile | None:
 
 def ladder_text(project: Project, manifest: Manifest) -> str:
     """variants.yaml of this variant alone."""
-    body = yaml.dump(
-        _ladder(project, manifest), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110,
-        default_flow_style=None,
-    )  # fmt: skip
+    body = yaml_text(_ladder(project, manifest), 110, flow=None)
     return HEAD.format(id=manifest.id) + body
 
 

@@ -19,6 +19,7 @@ from inference.errors import GateRefused, InputError, PublishError
 
 from .ahead import Ahead
 from .build import Outcome, build_held, card_figures, card_texts
+from .card import gather
 from .gate import gate
 from .hub import Hub, RemoteFile
 from .hub_collections import Item
@@ -95,7 +96,8 @@ def prepare(project: Project, ids: Sequence[str], hub: Hub, choices: Choices = C
 def refused(project: Project, ids: Sequence[str], hub: Hub) -> dict[str, list[str]]:
     """What the gate says against each variant."""
     seen = survey(project, lambda: hub, cards=False, ids=ids)
-    (cards, faults), figures = card_texts(project, seen.base.folder, ids), card_figures(project, seen.base.folder, ids)
+    facts = gather(project, seen.base.folder)
+    (cards, faults), figures = card_texts(project, facts, ids), card_figures(project, facts, ids)
     return {
         id: gate(
             project,

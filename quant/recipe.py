@@ -167,6 +167,7 @@ def resolve(
     return plans
 
 
+@lru_cache(maxsize=1 << 14)
 def matches(pattern: str, module: str) -> bool:
     """Whether a rule's pattern names this module path. A leading `*.` also matches nothing: `*.lm_head` names `lm_head`."""
     return any(p.fullmatch(module) or p.fullmatch(f".{module}") for p in _compile(pattern))

@@ -7,6 +7,8 @@ set -eu
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 cd "$root"
 sh scripts/setup.sh test
+# hundreds of processes of the tests import the project: it is compiled once, not by each of them
+unset PYTHONDONTWRITEBYTECODE
 # a worker a core is enough: threads of a BLAS would wait for each other
 export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 [ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder

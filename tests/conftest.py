@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import gc
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import httpcore2
 import pushes
 import pytest
 from click.testing import CliRunner
@@ -33,6 +37,8 @@ QUICK = """\
 bench: {turns: 1, turn_tokens: 6, prefill: [32], runs: 1}
 smoke: {prompts: [The quick brown fox], max_tokens: 32, text_tokens: 64}
 """
+# A client reads all certificates of the machine when it is made, 50 ms, and each test makes its own. Hubs here speak HTTP.
+httpcore2.default_ssl_context = functools.cache(httpcore2.default_ssl_context)
 PUBLISH = "from publisher.cli import main; main()"
 NO_HUB = "http://127.0.0.1:9"  # the discard port: nothing answers there
 # The files that take longest, longest first, in two columns for two processes. They are handed out in this order, so that no
@@ -40,18 +46,41 @@ NO_HUB = "http://127.0.0.1:9"  # the discard port: nothing answers there
 # which all others would wait for.
 SLOW = [
     "build", "solve",
-    "evaluate", "calibrate",
-    "cli", "faults",
-    "smoke", "crash",
-    "release_ladder", "card_snippets",
-    "rebuild", "card",
-    "sizes", "mlx_lm",
+    "cli", "demo",
+    "crash", "evaluate",
+    "secrets", "sensitivity",
+    "startup", "quant_resume",
+    "calibrate", "card",
+    "release_ladder", "smoke",
+    "merge", "quant_convert",
+    "shard", "card_snippets",
 ]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {f"test_{name}.py": i for i, name in enumerate(SLOW)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection need look through it again. `publish` makes one before and after each model."""
+    gc.collect()
+    gc.freeze()
+
+
+class Clock:
+    """The module `time` with some functions replaced, for one module: the hub in this process needs the real one."""
+
+    def __init__(self, **replaced: Callable) -> None:
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(time, name)
+
+
+_http.time = Clock(
+    sleep=lambda s: None
+)  # the client's own pauses between its tries, 23 s in all; ours are set by each test
 
 
 @dataclass(frozen=True)

@@ -382,7 +382,8 @@ def test_conversations_take_at_most_half(tiny):
 
 
 def test_calibrate_collects_once_and_again_when_the_text_changes(tiny, tmp_path, publish, monkeypatch):
-    monkeypatch.setattr(quant.sensitivity, "ROWS", 16)
+    monkeypatch.setattr(quant.sensitivity, "ROWS", 2)
+    monkeypatch.setattr(quant.sensitivity, "PROBE_BITS", (4,))
     (tmp_path / "model").symlink_to(tiny)
     (tmp_path / "text.txt").write_text("In a hole in the wall there lived a clock. " * 30)
     (tmp_path / "variants.yaml").write_text(

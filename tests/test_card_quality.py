@@ -330,14 +330,16 @@ def test_deleting_statistics_leaves_the_card_as_it_is(
 def test_pictures_come_and_go_with_the_results(project: Project, measured: dict[str, Manifest], dense: Path) -> None:
     base = SimpleNamespace(folder=dense)
     assert build_cards(project, base).changed == {Q2, Q4, Q8}  # type: ignore[arg-type]
-    assert card_figures(project, dense) == {Q2: [], Q4: [], Q8: []}
+    assert card_figures(project, gather(project, dense)) == {Q2: [], Q4: [], Q8: []}
     assert not build_cards(project, base).changed  # type: ignore[arg-type]
     shown = re.findall(r"\]\((images/[^)#]+)", (project.store.variant(Q4) / "README.md").read_text())
     assert shown == ["images/kld-light.png", "images/kld-dark.png"]
     assert set(shown) <= {f.path for f in local_files(project, Q4, rehash=False)[1]}  # pushed with the card
     record(project, quality(project, measured[Q8], 0.0005))
     # its siblings' pictures hold it, too
-    assert all("is not of today's figures" in lines[0] for lines in card_figures(project, dense).values())
+    assert all(
+        "is not of today's figures" in lines[0] for lines in card_figures(project, gather(project, dense)).values()
+    )
     for m in measured.values():
         (project.store.results(m.weights_hash) / "quality.json").unlink()
     assert build_cards(project, base).changed == {Q2, Q4, Q8}  # type: ignore[arg-type]
@@ -353,4 +355,4 @@ def test_a_card_whose_picture_is_missing_does_not_leave(
     assert not any("images/" in line for line in gate(project, Q4))
     (project.store.variant(Q4) / "images" / "kld-dark.png").unlink()
     assert any(line.endswith(told) for line in gate(project, Q4))
-    assert card_figures(project, dense)[Q4] == ["images/kld-dark.png is missing"]
+    assert card_figures(project, gather(project, dense))[Q4] == ["images/kld-dark.png is missing"]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from conftest import Clock
 from huggingface_hub import constants
 from pushes import READ, REPO, TOKENS, WRITE, api, commits, connect, edit_card, pulls, push, somebody_commits
 from variant_folder import make_variant
@@ -40,22 +41,6 @@ from publisher.push import execute, plan_push
 
 pytestmark = pytest.mark.usefixtures("own_home")
 QUICK = Limits(connect_s=1, answer_s=0.5, window_s=0.4, rate=10_000)
-
-
-@pytest.fixture(autouse=True)
-def _short_naps(monkeypatch):
-    """The client's own pauses between its tries (23 s in all), cut; ours are set by each test."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time", Clock(sleep=lambda s: None))
-
-
-class Clock:
-    """The module `time` with some functions replaced, for one module: the hub in this process needs the real one."""
-
-    def __init__(self, **replaced: Callable) -> None:
-        self.__dict__.update(replaced)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(time, name)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import gzip
 import json
 import sys
 from pathlib import Path
-from unittest import mock
 
 import httpx2
 import pytest
@@ -26,12 +25,6 @@ OID = "a" * 40
 ODD = st.sampled_from(
     [None, True, 0, -1, 1 << 70, 0.5, "", "x", "../x", "/x", "a\\b", "\x1b[2J", [], [[]], {}, {"a": 1}]
 )
-
-
-@pytest.fixture(autouse=True)
-def nobody_waits():
-    with mock.patch("huggingface_hub.utils._http.time.sleep"):
-        yield
 
 
 def refused(call, *args) -> str:

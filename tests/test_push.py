@@ -335,8 +335,7 @@ def test_if_nothing_can_be_known_after_the_commit_it_is_said(server, project):
         ("auth_check", 429),
     ],
 )
-def test_idempotent_calls_are_repeated(server, project, route, status, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda s: None)
+def test_idempotent_calls_are_repeated(server, project, route, status):
     server.faults.add(Fault(route, "status", status=status))
     assert push(server, project).tag == "v1"
     assert [f.route for f in server.faults.fired] == [route]

@@ -51,7 +51,7 @@ def half(tiny, tmp_path):
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny, tmp_path, undisturbed):
-    for bands in (1, 7, *random.Random(3).sample(range(30, 250), 2)):
+    for bands in (1, 7, random.Random(3).randrange(30, 250)):
         kill_after(bands, tiny, tmp_path)
     done, files = build(tiny, tmp_path)
     assert files == undisturbed[1]

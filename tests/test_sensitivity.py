@@ -71,7 +71,6 @@ def test_the_prices_of_a_plan_add_up_to_its_divergence(tiny, dense):
     plans = [
         {m: QuantSpec(3, 64) for m in shapes},
         {m: QuantSpec(2 if ".mlp." in m else 6, 64) for m in shapes},
-        {m: QuantSpec(4, 64) for m in shapes},
         {m: QuantSpec(8 if "linear_attn" in m else 5, 32) for m in shapes},
     ]
     weights = Weights(tiny, mx.float32)

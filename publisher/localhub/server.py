@@ -27,6 +27,8 @@ MULTIPART_BYTES = 1 << 30  # LFS files above this go up in parts
 PART_BYTES = 64 << 20
 PAGE_SIZE = 1000  # entries in a page of a file listing; the Hub's number
 START_S = 10  # a bound socket needs well under a second
+TICK_S = 0.1  # between two looks of the server at its date and at Ctrl-C; uvicorn's
+CUT_S = 0.1  # for requests under way when the hub is stopped, before they are cut
 
 
 class LocalHub:
@@ -94,7 +96,7 @@ class LocalHub:
 
     def stop(self) -> None:
         """At once: requests under way are cut. Idempotent. The folder can be opened again when this returns."""
-        self._server.should_exit = self._server.force_exit = True
+        self._server.end()
         if self._thread:
             self._thread.join()
         else:
@@ -142,7 +144,7 @@ def _bind(port: int) -> socket.socket:
     return bound
 
 
-def _server(app: HubApp) -> uvicorn.Server:
+def _server(app: HubApp) -> _Server:
     config = uvicorn.Config(
         app,
         http=_Connection,
@@ -156,7 +158,45 @@ def _server(app: HubApp) -> uvicorn.Server:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=1,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which looks every 0.1 s whether it is to stop and then waits for 0.1 s more: here `end` wakes it,
+    and it waits only for requests that are under way."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended = asyncio.Event()
+
+    def end(self) -> None:
+        """From any thread, at any time."""
+        self.should_exit = self.force_exit = True
+        if self._loop:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(self._ended.set)
+
+    async def main_loop(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        ticks = 0
+        while not await self.on_tick(ticks):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), TICK_S)
+            ticks += 1
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if not self.force_exit:  # Ctrl-C
+            await super().shutdown(sockets)
+            return
+        for server in self.servers:
+            server.close()
+        for bound in sockets or ():
+            bound.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=CUT_S)
 
 
 class _Connection(H11Protocol):
