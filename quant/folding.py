@@ -72,7 +72,7 @@ def undo_rounded_norms(
             if readers:
                 r = _ratio(by_module[norm].target, folds.get(by_module[norm].target.name))
                 if r is not None:
-                    out |= {p.target.name: _times(out.get(p.target.name), r) for p in readers}
+                    out |= {p.target.name: _times(out.get(p.target.name), _tiled(r, p.target)) for p in readers}
     return out
 
 
@@ -126,6 +126,11 @@ def _ratio(norm: Target, fold: Fold | None) -> np.ndarray | None:
     stored = x.astype(DTYPES[norm.dtype]).astype(mx.float32)
     r = np.array(mx.where(stored == 0, 1.0, x / mx.where(stored == 0, 1.0, stored)))
     return None if not np.isfinite(r).all() or (r == 1).all() else r
+
+
+def _tiled(r: np.ndarray, reader: Target) -> np.ndarray:
+    """For every column of the reader: a norm of heads is one for all heads, which lie one after the other."""
+    return np.tile(r, reader.shape[-1] // len(r))
 
 
 def _times(fold: Fold | None, r: np.ndarray) -> Fold:

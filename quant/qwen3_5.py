@@ -55,6 +55,7 @@ READERS: tuple[Readers, ...] = (
             "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate",
         ),
     ),
+    Readers("linear_attn.norm", ("linear_attn.out_proj",)),  # kept in float32; a gate stands between, channel by channel
     Readers("model.norm", ("lm_head",)),
 )  # fmt: skip
 PAIRED_NORMS = (("self_attn.q_norm", "self_attn.k_norm"),)  # of which a score sees the product
