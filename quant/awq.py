@@ -7,9 +7,9 @@ up). The product is unchanged but for rounding. As the reference recipe does it,
     importance = E[x²], elementwise maximum over the members;  s = max(importance, 1e-8)^(exponent / 2)
     s /= sqrt(max(s) · min(s))
 
-exponent 1.0 scales by the root mean square (the reference), 0 by nothing. Pure numpy: whoever streams the weights
-applies a fold in float32 and rounds once. The published recipe has one exponent for all and no clipping;
-`quant.awq_search` finds one a group.
+exponent 1.0 scales by the root mean square (the reference), 0 by nothing. Pure numpy: whoever
+streams the weights applies a fold in float32 (`quant.folding`) and rounds once, or leaves that to the solver. The
+published recipe has one exponent for all and no clipping; `quant.awq_search` finds one a group.
 """
 
 from __future__ import annotations
