@@ -160,7 +160,7 @@ def test_other_versions_are_told_and_no_failure(ladder, publish):
 
 def test_a_full_disk_is_told_before_anything_is_built(ladder, publish, monkeypatch):
     monkeypatch.setattr("publisher.fetch.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    assert "GB free" in publish("verify", ID, "--rebuild", cwd=ladder).refused(2)
+    assert "1.00 kB free" in publish("verify", ID, "--rebuild", cwd=ladder).refused(2)
     assert not left_behind(ladder)
 
 

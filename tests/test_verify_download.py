@@ -109,7 +109,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(
     hub.stats.reset()
     monkeypatch.setattr("publisher.fetch.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     told = publish("verify", ID, "--download", cwd=released, env=online).refused(2)
-    assert "GB free" in told
+    assert "1.00 kB free" in told
     assert not hub.stats.requests["resolve"]
     nothing_stays(released, tmp_path)
 
