@@ -20,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from . import memory
 from .backend import BACKEND, compute_dtype, memory_limit, mx
 from .cache import Cache
@@ -138,6 +140,12 @@ def load_head(folder: Path | str, compute: mx.Dtype | None = None) -> Linear:
     return Weights(Path(folder), compute).head()
 
 
+def decoded(raw: np.ndarray, target: Target) -> mx.array:
+    """A band as `read_band` returns it, in the source's type: bfloat16 is no type of numpy."""
+    x = mx.array(raw)
+    return x.view(mx.bfloat16) if target.source.dtype == "BF16" else x
+
+
 class Weights:
     """Tensors of a checked folder by MLX name. Nothing is read before it is asked for, nothing is kept."""
 
@@ -178,10 +186,7 @@ class Weights:
     def array(self, name: str) -> mx.array:
         """One tensor; floating-point ones in the type to compute in."""
         target = self._targets[name]
-        data = read_band(target, 0, target.shape[0] if target.shape else 1)
-        x = mx.array(data)
-        if target.source.dtype == "BF16":
-            x = x.view(mx.bfloat16)
+        x = decoded(read_band(target, 0, target.shape[0] if target.shape else 1), target)
         if target.op == "plus_one":
             x = 1 + x.astype(mx.float32)
         elif self._widens(target):

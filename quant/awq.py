@@ -75,38 +75,38 @@ def folds(
     if exponent == 0:
         return {}
     plans = list(plans)
-    by_module = _by_module(plans)
+    modules = by_module(plans)
     columns: dict[str, np.ndarray] = {}
     rows: dict[str, np.ndarray] = {}
     for found in groups(plans, imatrix, table):
         layer, group = found.layer, found.group
         s = scale(found.importance, exponent[layer, group.label] if isinstance(exponent, Mapping) else exponent)
         for m in group.members + group.followers:
-            columns[by_module[f"{layer}.{m}"].target.name] = s
+            columns[modules[f"{layer}.{m}"].target.name] = s
         for inverse in (f"{layer}.{group.inverse}", f"{layer}.{group.inverse}.bias"):
-            if inverse in by_module:
-                rows[by_module[inverse].target.name] = np.float32(1) / s
+            if inverse in modules:
+                rows[modules[inverse].target.name] = np.float32(1) / s
     return {name: Fold(columns.get(name), rows.get(name)) for name in sorted(columns.keys() | rows.keys())}
 
 
 def groups(plans: Iterable[TensorPlan], imatrix: Imatrix, table: Sequence[Group]) -> list[Scaled]:
     """What there is to scale, layer by layer; raises what `folds` raises."""
-    by_module = _by_module(plans)
-    layers = sorted({m.rpartition(f".{group.inverse}")[0] for group in table for m in by_module} - {""})
-    found = (_scaled(layer, group, by_module, imatrix) for layer in layers for group in table)
+    modules = by_module(plans)
+    layers = sorted({m.rpartition(f".{group.inverse}")[0] for group in table for m in modules} - {""})
+    found = (_scaled(layer, group, modules, imatrix) for layer in layers for group in table)
     return [g for g in found if g is not None]
 
 
-def _by_module(plans: Iterable[TensorPlan]) -> dict[str, TensorPlan]:
+def by_module(plans: Iterable[TensorPlan]) -> dict[str, TensorPlan]:
     return {p.target.module: p for p in plans if p.target.part == "text"}
 
 
-def _scaled(layer: str, group: Group, by_module: dict[str, TensorPlan], imatrix: Imatrix) -> Scaled | None:
+def _scaled(layer: str, group: Group, modules: dict[str, TensorPlan], imatrix: Imatrix) -> Scaled | None:
     members = [f"{layer}.{m}" for m in group.members]
     needed = [*members, *(f"{layer}.{m}" for m in (*group.followers, group.inverse))]
-    if not all(m in by_module for m in needed):
+    if not all(m in modules for m in needed):
         return None  # another kind of layer: gdn, full attention, or experts
-    flags = [by_module[m].awq for m in members]
+    flags = [modules[m].awq for m in members]
     if not any(flags):
         return None
     if not all(flags):
@@ -117,4 +117,4 @@ def _scaled(layer: str, group: Group, by_module: dict[str, TensorPlan], imatrix:
     found = [imatrix.importance[m] for m in members if m in imatrix.importance]
     if not found or (group.every and len(found) < len(members)):
         return None
-    return Scaled(layer, group, tuple(by_module[m] for m in members), np.maximum.reduce(found))
+    return Scaled(layer, group, tuple(modules[m] for m in members), np.maximum.reduce(found))

@@ -21,9 +21,10 @@ import numpy as np
 
 from inference.backend import mx
 from inference.layout import Target, read_band
-from inference.load import DTYPES
+from inference.load import DTYPES, decoded
 
-from .awq import Fold
+from .awq import Fold, by_module
+from .least_squares import stored
 from .recipe import TensorPlan
 from .tables import Readers
 
@@ -40,10 +41,7 @@ def exact(raw: np.ndarray, target: Target, fold: Fold | None, start: int, stop: 
 
     raw: as `read_band` returns them.
     """
-    x = mx.array(raw)
-    if target.source.dtype == "BF16":
-        x = x.view(mx.bfloat16)
-    x = x.astype(mx.float32)
+    x = decoded(raw, target).astype(mx.float32)
     if target.op == "plus_one":
         x = 1.0 + x
     if fold is not None and fold.columns is not None:
@@ -62,15 +60,15 @@ def undo_rounded_norms(
     Readers that are stored unquantized and unscaled keep their bytes: rounding them would cost what it gains. Reads the
     norms from the source.
     """
-    by_module = {p.target.module: p for p in plans if p.target.part == "text"}
+    known = by_module(plans)
     out = dict(folds)
     for group in table:
-        for norm in [m for m in by_module if m == group.norm or m.endswith(f".{group.norm}")]:
+        for norm in [m for m in known if m == group.norm or m.endswith(f".{group.norm}")]:
             layer = norm.removesuffix(group.norm)
-            found = (by_module.get(layer + m) for m in group.modules)
+            found = (known.get(layer + m) for m in group.modules)
             readers = [p for p in found if p is not None and (p.spec is not None or p.target.name in folds)]
             if readers:
-                r = _ratio(by_module[norm].target, folds.get(by_module[norm].target.name))
+                r = _ratio(known[norm].target, folds.get(known[norm].target.name))
                 if r is not None:
                     out |= {p.target.name: _times(out.get(p.target.name), _tiled(r, p.target)) for p in readers}
     return out
@@ -82,11 +80,11 @@ def round_together(plans: Iterable[TensorPlan], pairs: Sequence[tuple[str, str]]
     pairs: module paths of both, relative to a layer. rotary: channels that rotate, the first ones, channel d with d +
     rotary / 2; their four products must hold at once, of all others each channel's own. Reads the norms from the source.
     """
-    by_module = {p.target.module: p for p in plans if p.target.part == "text"}
+    known = by_module(plans)
     out: dict[str, Fold] = {}
     for q, k in pairs:
-        for module in [m for m in by_module if m.endswith(f".{q}")]:
-            both = [by_module[module].target, by_module[module.removesuffix(q) + k].target]
+        for module in [m for m in known if m.endswith(f".{q}")]:
+            both = [known[module].target, known[module.removesuffix(q) + k].target]
             if not all(changes(t, None) for t in both):
                 continue
             a, b = (np.array(exact(read_band(t, 0, t.shape[0]), t, None, 0, t.shape[0]), np.float64) for t in both)
@@ -114,7 +112,7 @@ def _rounded_together(a: np.ndarray, b: np.ndarray, rotary: int, dtype: str) -> 
 
 def _stored(x: np.ndarray, dtype: str) -> np.ndarray:
     """float64 of x [..., K] as it is when stored."""
-    return np.array(mx.array(x.astype(np.float32)).astype(DTYPES[dtype]).astype(mx.float32), np.float64)
+    return np.array(stored(mx.array(x.astype(np.float32)), DTYPES[dtype]), np.float64)
 
 
 def _ratio(norm: Target, fold: Fold | None) -> np.ndarray | None:
@@ -123,8 +121,8 @@ def _ratio(norm: Target, fold: Fold | None) -> np.ndarray | None:
         return None
     k = norm.shape[0]
     x = exact(read_band(norm, 0, k), norm, fold, 0, k)
-    stored = x.astype(DTYPES[norm.dtype]).astype(mx.float32)
-    r = np.array(mx.where(stored == 0, 1.0, x / mx.where(stored == 0, 1.0, stored)))
+    kept = stored(x, DTYPES[norm.dtype])
+    r = np.array(mx.where(kept == 0, 1.0, x / mx.where(kept == 0, 1.0, kept)))
     return None if not np.isfinite(r).all() or (r == 1).all() else r
 
 

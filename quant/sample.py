@@ -7,7 +7,7 @@ import numpy as np
 from inference.backend import mx
 from inference.checkpoint import QuantSpec
 from inference.layout import Target, read_band
-from inference.load import DTYPES
+from inference.load import DTYPES, decoded
 
 from .solve import Packed
 
@@ -49,7 +49,4 @@ def restored(packed: Packed, spec: QuantSpec) -> mx.array:
 
 
 def _typed(raw: np.ndarray, target: Target) -> mx.array:
-    x = mx.array(raw)
-    if target.source.dtype == "BF16":
-        x = x.view(mx.bfloat16)
-    return x.astype(DTYPES[target.dtype])
+    return decoded(raw, target).astype(DTYPES[target.dtype])

@@ -23,7 +23,7 @@ from inference.backend import BACKEND, mx
 from inference.checkpoint import ITEMSIZE, row_bands
 from inference.errors import CheckpointError, InputError
 from inference.layout import Target, read_band
-from inference.load import DTYPES
+from inference.load import DTYPES, decoded
 
 from .awq import Fold
 from .folding import changes, exact
@@ -265,8 +265,7 @@ class Pass:
                 if target.dtype == "F16" and not mx.isfinite(x).all().item():
                     raise CheckpointError(f"{target.name}: exceeds the range of float16")
             else:
-                x = mx.array(raw.result())
-                x = x.view(mx.bfloat16) if target.source.dtype == "BF16" else x
+                x = decoded(raw.result(), target)
             mx.eval(x)
             return x
 

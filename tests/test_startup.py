@@ -65,6 +65,12 @@ finally:
 
 def imported(arguments: list[str], cwd: Path, record: Path) -> set[str]:
     code = f"import sys; sys.argv = [{str(record)!r}, *{arguments!r}]\n{RECORD}"
+    python(code, cwd)
+    return set(json.loads(record.read_text()))
+
+
+def python(code: str, cwd: Path) -> str:
+    """Run it in a process of its own; what it wrote to stderr."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
@@ -75,7 +81,7 @@ def imported(arguments: list[str], cwd: Path, record: Path) -> set[str]:
         check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr
-    return set(json.loads(record.read_text()))
+    return done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -104,12 +110,4 @@ for command in {sorted(main.commands)}:
     found[command] = [m for m in {SLOW} if m in sys.modules]
 print(json.dumps(found), file=sys.stderr)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(done.stderr) == {command: [] for command in main.commands}
+    assert json.loads(python(code, tmp_path)) == {command: [] for command in main.commands}
