@@ -17,7 +17,7 @@ import numpy as np
 
 from inference.backend import device_info, mx, peak_memory
 from inference.checkpoint import QuantSpec
-from quant import gptq
+from quant import hessians
 from quant.solve import Moments, solve
 
 # rows, columns, how often; `input`: tensors with the same letter share one Hessian a layer
@@ -45,11 +45,11 @@ def main() -> None:
         x = np.random.default_rng(0).normal(size=(k + 512, k)).astype(np.float32)
         hessian = np.array(mx.array(x).T @ mx.array(x)) / len(x)
         started = time.perf_counter()
-        part = gptq.factorize(hessian, 0.02)
+        part = hessians.factorize(hessian, 0.02)
         seconds[k] = time.perf_counter() - started
-        factors[k] = Moments(np.diagonal(hessian).copy(), gptq.factor_of([part]))
+        factors[k] = Moments(np.diagonal(hessian).copy(), hessians.factor_of([part]))
         print(f"factorize {k:6}: {seconds[k]:.2f} s", flush=True)
-    total = {"factorize": sum(n * seconds[k] for k, n in FACTORS[args.preset].items())}
+    total: dict[str, float] = {"factorize": sum(n * seconds[k] for k, n in FACTORS[args.preset].items())}
     rows = []
     for name, n, k, times, _ in SHAPES[args.preset]:
         band = min(n, BAND)

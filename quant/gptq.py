@@ -16,20 +16,28 @@ starting from scales and biases that were fitted to every group by itself (`quan
 3. `refit`: scale and bias of a group by least squares under H with the codes held, rounded to the stored type, kept
    where that lowers the error.
 
+A GPU takes steps 1 and 2 through `quant.kernels`, a launch a group or block, and `_round_group` and `_descend_block` say here
+what those compute.
+
 Arrays are kept with columns first, [E, K, R] for E matrices (experts, else one) of R rows and K columns: a column of all
 rows is contiguous. Columns are worked on in blocks; what a block does to the rest is one matrix product.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import os
 
 import numpy as np
 
 from inference.backend import BACKEND, fused, mx
-from inference.checkpoint import AFFINE_GROUPS
+from inference.errors import InputError
 
+from . import kernels
+from .hessians import Factor
 from .least_squares import stored
+
+SETTING = "PUBLISH_GPTQ"
 
 BLOCK = 64  # columns between two matrix products
 AHEAD = 2  # columns that are asked for before they are computed: what waits holds on to what it is made of
@@ -39,98 +47,6 @@ SCALES, SHIFTS, SCALE_STEP = 5, 9, 0.5
 # of float32 that a group's columns take under all of them, about four times live at once: 12,288 rows of a GPU's band
 CHOICE_BYTES = (16 if BACKEND == "cpu" else 144) << 20
 ROUNDS = 3  # of refit and descent after the first descent; a fourth gained under 0.3 % of e
-# Shrinking of correlations: 0.01, and more where tokens are few for the columns
-DAMPING, DAMPING_SCARCE, DAMPING_MOST = 0.01, 0.1, 0.5
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Hessians ready for use, float32: damped [E, K, K]; order and its inverse int32 [E, K]; in that order U [E, K, K] and
-    the pivots D [E, K]."""
-
-    hessian: mx.array
-    order: mx.array
-    inverse: mx.array
-    feedback: mx.array
-    pivots: mx.array
-
-
-Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of one Hessian: what `factorize` gives
-
-
-def damping(columns: int, tokens: float) -> float:
-    """Part of every channel's own second moment that is added to it: grows as tokens get scarce."""
-    return min(DAMPING + DAMPING_SCARCE * columns / max(tokens, 1.0), DAMPING_MOST)
-
-
-def factorize(hessian: np.ndarray, damp: float) -> Part:
-    """(H damped [K, K], order [K], U [K, K], D [K]) of one Hessian [K, K].
-
-    Damping shrinks correlations, H + damp · diag(H): channels differ by orders of magnitude, and a multiple of the mean
-    diagonal would be nothing to the large and everything to the small. A channel that saw nothing gets the least weight
-    that is still told from zero. Factorized in float64, on the host.
-    """
-    h = hessian.astype(np.float64)
-    d = np.diagonal(h).copy()
-    root = np.sqrt(np.maximum(d, max(float(d.max(initial=0.0)) * 1e-12, 1e-30)))
-    h /= root
-    h /= root[:, None]  # correlations: well scaled whatever the channels
-    root *= np.exp2(-np.round(np.log2(root.max())))  # a unit that float32 has room around; changes no code
-    np.fill_diagonal(h, 1.0 + damp)
-    order = _order(root)
-    upper = _upper(h[np.ix_(order, order)], damp)
-    diagonal = np.diagonal(upper).copy()
-    upper /= diagonal
-    np.fill_diagonal(upper, 0.0)
-    sorted_root = root[order]
-    pivots = np.square(diagonal * sorted_root)
-    upper /= sorted_root
-    upper *= sorted_root[:, None]  # in the channels' units again: U_kj takes an error of k and adds to j
-    h *= root
-    h *= root[:, None]
-    return h.astype(np.float32), order.astype(np.int32), upper.astype(np.float32), pivots.astype(np.float32)
-
-
-def _order(root: np.ndarray) -> np.ndarray:
-    """Columns [K] by falling root, those of a group together whatever the group size is: its sizes nest."""
-    column = np.arange(len(root))
-    keys = [-root]
-    for size in sorted(AFFINE_GROUPS):
-        starts = np.arange(0, len(root), size)
-        keys += [column // size, -np.maximum.reduceat(root, starts)[column // size]]
-    return np.lexsort(keys)
-
-
-def _upper(c: np.ndarray, damp: float) -> np.ndarray:
-    """M upper triangular with M Mᵀ = c; rounding of float32 statistics may have cost c its definiteness."""
-    for extra in (0.0, 0.05, 0.5, 5.0):
-        try:
-            m = c if not extra else c + np.eye(len(c)) * extra * (1 + damp)
-            return np.ascontiguousarray(np.linalg.cholesky(m[::-1, ::-1])[::-1, ::-1])
-        except np.linalg.LinAlgError:
-            continue
-    return np.eye(len(c))
-
-
-def rescale(part: Part, old: np.ndarray, new: np.ndarray) -> Part:
-    """The result of `factorize` for S H S, where S takes the second moments from old [K] to new [K]; the order stays."""
-    hessian, order, upper, pivots = part
-    floor = np.maximum(old.max(initial=0.0) * 1e-12, 1e-30)
-    d = np.sqrt(np.maximum(new, floor) / np.maximum(old, floor)).astype(np.float32)
-    sorted_d = d[order]
-    return hessian * d * d[:, None], order, upper / sorted_d * sorted_d[:, None], pivots * np.square(sorted_d)
-
-
-def factor_of(parts: list[Part]) -> Factor:
-    """Results of `factorize`, one a matrix, as device arrays."""
-    order = np.stack([p[1] for p in parts])
-    return Factor(
-        mx.array(np.stack([p[0] for p in parts])),
-        mx.array(order),
-        mx.array(np.argsort(order, axis=1).astype(np.int32)),
-        mx.array(np.stack([p[2] for p in parts])),
-        mx.array(np.stack([p[3] for p in parts])),
-    )
 
 
 def optimize(
@@ -177,20 +93,25 @@ def feedback(
     codes: list[mx.array] = []
     errors: list[mx.array] = []
     chosen: list[tuple[mx.array, mx.array]] = []
+    asked: Asked = ()
     for g in range(s.shape[1]):
         i, end = g * n, (g + 1) * n
         target = w[:, i:end]  # what these columns should be, given the errors so far
         if errors:
             target = target + u[:, :i, i:end].swapaxes(1, 2) @ mx.concatenate(errors, axis=1)
         pairs = _choices(s[:, g], b[:, g], top, dtype) if choose else (s[:, g, None], b[:, g, None])
-        parts = []
-        for r in range(0, w.shape[2], rows):
-            at = slice(r, r + rows)
-            s_at, b_at = (x[..., at] for x in pairs)
-            inner = (u[:, i:end, i:end], factor.pivots[:, i:end])
-            parts.append(_round_group(w[:, i:end, at], target[..., at], s_at, b_at, *inner, top))
-            mx.eval(parts[-1])
-        q, e, s1, b1 = (mx.concatenate(list(x), axis=-1) for x in zip(*parts, strict=True))
+        inner = (u[:, i:end, i:end], factor.pivots[:, i:end])
+        if by_kernels():
+            q, e, s1, b1 = _round_group_by_kernels(w[:, i:end], target, *pairs, *inner, top)
+            asked = _ask(asked, q, e)
+        else:
+            parts = []
+            for r in range(0, w.shape[2], rows):
+                at = slice(r, r + rows)
+                s_at, b_at = (x[..., at] for x in pairs)
+                parts.append(_round_group(w[:, i:end, at], target[..., at], s_at, b_at, *inner, top))
+                mx.eval(parts[-1])
+            q, e, s1, b1 = (mx.concatenate(list(x), axis=-1) for x in zip(*parts, strict=True))
         codes.append(q)
         errors.append(e)
         chosen.append((s1, b1))
@@ -233,6 +154,16 @@ def _round_group(
     return codes, errors, s, b
 
 
+def _round_group_by_kernels(
+    w: mx.array, target: mx.array, s: mx.array, b: mx.array, u: mx.array, pivots: mx.array, top: int
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """`_round_group`: first what every pair costs, then the codes of the best."""
+    if s.shape[1] > 1:
+        best = mx.argmin(kernels.costs(w, target, s, b, u, pivots, top), axis=1)[:, None]
+        s, b = (mx.take_along_axis(x, best, axis=1) for x in (s, b))
+    return *kernels.codes(w, target, s, b, u, pivots, top), s[:, 0], b[:, 0]
+
+
 def descend(w: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, hessian: mx.array, top: int) -> mx.array:
     """Codes [E, K, R] after one sweep of coordinate descent over all columns."""
     k, limit = w.shape[1], mx.array(float(top))
@@ -240,20 +171,35 @@ def descend(w: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, he
     pull = hessian @ (w - dequantized(codes, scales, biases))  # H eᵀ: half of the error's slope, negated
     weight = mx.diagonal(hessian, axis1=1, axis2=2)[..., None]  # [E, K, 1]
     out = []
+    asked: Asked = ()
     for i in range(0, k, BLOCK):
         end = min(k, i + BLOCK)
-        rest = pull[:, i:end]
-        found = []
-        for j in range(i, end):
-            found.append(_move(codes[:, j], rest[:, 0], scales[:, j // group], weight[:, j], limit))
-            if j + 1 < end:
-                rest = _take_outer(rest[:, 1:], hessian[:, j, j + 1 : end, None], found[-1][1][:, None])
-        out.append(mx.stack([q for q, _ in found], axis=1))
+        block, pull = pull[:, : end - i], pull[:, end - i :]
+        if by_kernels():
+            scale = scales[:, i // group : (end - 1) // group + 1]
+            new, moved = kernels.descent(codes[:, i:end], block, scale, hessian[:, i:end, i:end], top)
+        else:
+            diagonal, h = weight[:, i:end], hessian[:, i:end, i:end]
+            columns = [scales[:, j // group] for j in range(i, end)]
+            new, moved = _descend_block(codes[:, i:end], block, columns, diagonal, h, limit)
+        out.append(new)
         if end < k:
-            moved = mx.stack([m for _, m in found], axis=1)
-            pull = mx.concatenate([pull[:, :end], pull[:, end:] - hessian[:, end:, i:end] @ moved], axis=1)
-        mx.eval(out[-1], pull)
+            pull = pull - hessian[:, end:, i:end] @ moved
+        asked = _ask(asked, new, pull)
     return mx.concatenate(out, axis=1)
+
+
+def _descend_block(
+    codes: mx.array, pull: mx.array, scales: list[mx.array], weight: mx.array, hessian: mx.array, limit: mx.array
+) -> tuple[mx.array, mx.array]:
+    """New codes of n columns and by how much their weights moved, [E, n, R]. scales: of every column, [E, R]."""
+    found = []
+    for j, scale in enumerate(scales):
+        found.append(_move(codes[:, j], pull[:, 0], scale, weight[:, j], limit))
+        if j + 1 < len(scales):
+            pull = _take_outer(pull[:, 1:], hessian[:, j, j + 1 :, None], found[-1][1][:, None])
+    new, moved = (mx.stack(list(x), axis=1) for x in zip(*found, strict=True))
+    return new, moved
 
 
 def refit(
@@ -264,19 +210,21 @@ def refit(
     group = k // scales.shape[1]
     pull = hessian @ (w - dequantized(codes, scales, biases))
     new_s, new_b = [], []
+    asked: Asked = ()
     for i in range(0, k, group):
         end = i + group
-        q, s, b, slope = codes[:, i:end], scales[:, i // group], biases[:, i // group], pull[:, i:end]
+        q, s, b = codes[:, i:end], scales[:, i // group], biases[:, i // group]
+        slope, pull = pull[:, :group], pull[:, group:]
         hq = hessian[:, i:end, i:end] @ q
         qq, q1 = (hq * q).sum(axis=1), hq.sum(axis=1)
         ones = hessian[:, i:end, i:end].sum(axis=(1, 2))[:, None]
         s1, b1 = _refit(s, b, qq, q1, ones, (slope * q).sum(axis=1), slope.sum(axis=1), dtype)
         if end < k:
             moved = (s1 - s)[:, None] * q + (b1 - b)[:, None]
-            pull = mx.concatenate([pull[:, :end], pull[:, end:] - hessian[:, end:, i:end] @ moved], axis=1)
+            pull = pull - hessian[:, end:, i:end] @ moved
         new_s.append(s1)
         new_b.append(b1)
-        mx.eval(s1, b1, pull)
+        asked = _ask(asked, s1, b1, pull)
     return mx.stack(new_s, axis=1), mx.stack(new_b, axis=1)
 
 
@@ -294,6 +242,71 @@ def _refit(
     gain = 2 * (ds * rq + db * r1) - (ds * ds * qq + 2 * ds * db * q1 + db * db * ones)
     keep = good & (ones > 0) & (s1 != 0) & (gain > 0)
     return mx.where(keep, s1, s), mx.where(keep, b1, b)
+
+
+Asked = tuple[mx.array, ...]  # computed by now, or soon
+
+
+def _ask(before: Asked, *arrays: mx.array) -> Asked:
+    """Have arrays computed while the next are put together, and wait for those before: all at once would need the memory
+    of all."""
+    mx.async_eval(*arrays)
+    mx.eval(*before)
+    return arrays
+
+
+@functools.cache
+def by_kernels() -> bool:
+    """Whether this process uses `quant.kernels`: where there is a GPU for them, they compile, and they are right.
+
+    PUBLISH_GPTQ=plain keeps to MLX's own operations, PUBLISH_GPTQ=kernels asks for these and raises InputError where they
+    cannot be had.
+    """
+    wanted = os.environ.get(SETTING)
+    if wanted not in (None, "plain", "kernels"):
+        raise InputError(f"{SETTING}={wanted}: expected plain or kernels")
+    if wanted == "plain" or (BACKEND == "cpu" and not wanted):
+        return False
+    fault = f"there are none for the {BACKEND} backend" if BACKEND == "cpu" else _kernel_fault()
+    if fault and wanted:
+        raise InputError(f"{SETTING}=kernels: {fault}")
+    return not fault
+
+
+def _kernel_fault() -> str | None:
+    """What is wrong with the kernels on this device, if anything: on a small problem, whether each column was rounded right
+    given what they moved before it."""
+    n, rows, pairs, top = 32, 40, 3, 7
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((2, n, rows)).astype(np.float32)
+    upper = np.triu(0.1 * rng.standard_normal((2, n, n)), 1).astype(np.float32)
+    x = rng.standard_normal((2, 4 * n, n)).astype(np.float32)
+    hessian, pivots = x.swapaxes(1, 2) @ x, 1 + rng.random((2, n)).astype(np.float32)
+    s = 0.5 + 0.1 * rng.random((2, pairs, rows)).astype(np.float32)
+    b = -3.5 * s
+    inner = (mx.array(upper), mx.array(pivots), top)
+    wrong = []
+    try:
+        costs = np.array(kernels.costs(mx.array(w), mx.array(w), mx.array(s), mx.array(b), *inner))
+        for c in range(pairs):
+            s1, b1 = s[:, c, None], b[:, c, None]
+            found = kernels.codes(mx.array(w), mx.array(w), mx.array(s1), mx.array(b1), *inner)
+            q, e = (np.array(x) for x in found)
+            target, y = w + upper.swapaxes(1, 2) @ e, s1 * q + b1
+            cost = (pivots[..., None] * np.square(target - y)).sum(axis=1)
+            wrong += [q != np.clip(np.rint((target - b1) / s1), 0, top), ~np.isclose(e, w - y, atol=1e-5)]
+            wrong.append(~np.isclose(costs[:, c], cost, rtol=1e-3))
+            pull = hessian @ e
+            found = kernels.descent(mx.array(q), mx.array(pull), mx.array(s1), mx.array(hessian), top)
+            new, moved = (np.array(x) for x in found)
+            pull -= np.triu(hessian, 1).swapaxes(1, 2) @ moved
+            best = q + pull / (np.diagonal(hessian, axis1=1, axis2=2)[..., None] * s1)
+            wrong += [new != np.clip(np.rint(best), 0, top), ~np.isclose(moved, s1 * (new - q), atol=1e-5)]
+    except Exception as e:  # noqa: BLE001 - of MLX's compiler, in whatever type a backend raises it
+        return f"the kernels do not run on this device ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+    # a sum in another order takes a value across a tie now and then, nothing more
+    share = max(float(x.mean()) for x in wrong)
+    return None if share < 0.01 else f"the kernels give wrong codes on this device ({share:.1%} of them)"
 
 
 @fused

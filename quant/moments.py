@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .gptq import Factor, Part, damping, factor_of, factorize, rescale
+from .hessians import Factor, Part, damping, factor_of, factorize, rescale
 from .solve import Moments
 from .statistics import KAPPA, Statistics
 

@@ -2,12 +2,13 @@
 
 Second order. A change ΔW of one tensor costs about ½ Σ_o fisher_o · ΔW_o H ΔW_oᵀ (`quant.statistics`): ΔW is what a
 solver really leaves in that format, measured on a sample of rows. Every width is solved by least squares, other group sizes
-at one width; how much less the Hessian solver leaves is measured at one width, too. Both ratios hardly depend on the
-width (docs/quality.md).
+at one width; how much less the Hessian solver leaves is measured at that width, for each group size: where a few channels
+outweigh all others, smaller groups help least squares far more. Neither ratio depends much on the width (docs/quality.md).
 
-Then it is checked. For every class of tensors, all of them are rounded at PROBE_BITS, the model is run, and its true KL
-divergence over part of the calibration text is compared with what the sum of the figures says. The ratio, which holds
-what second order misses (recurrences, tensors that act together, large errors), multiplies the figures of its class.
+Then it is checked. For every class of tensors, all of them are rounded at PROBE_BITS by the solver that will build, the model is
+run, and its true KL divergence over part of the calibration text is compared with what the sum of the figures says. The
+ratio, which holds what second order misses (recurrences, tensors that act together, large errors), multiplies the figures
+of its class.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from .solve import QUICK, solve
 
 ROWS = 128  # of a tensor that are solved
 GROUP = 64  # at which every width is measured; other groups are at GROUP_BITS, and in proportion at other widths
-GROUP_BITS = 4
-LEAD_BITS = 3  # where the Hessian solver's lead is measured: within a few percent the same at all widths
+GROUP_BITS = 4  # and there the Hessian solver's lead is, too
+BAND_VALUES = 1 << 26  # of a matrix that are rounded at once for a probe
 PROBE_BITS = (2, 4)
 PROBE_TOKENS = 8192  # of windows spread over the text: they differ by a third, so that eight say it within 10 %
 LARGEST_FACTOR = 8.0  # of a class: beyond it the probe says more of itself than of the tensors
@@ -81,12 +82,11 @@ def measure(
     tick = progress or (lambda what, done, total: None)
     chosen = [t for t in targets if t.part == "text" and t.name.endswith(".weight") and known.knows(t.module)]
     raw: dict[str, dict[str, float]] = {}
-    plain: dict[str, dict[str, float]] = {}
     for n, target in enumerate(chosen):
-        plain[target.module], raw[target.module] = _costs(target, known, solver)
+        raw[target.module] = _costs(target, known, solver)
         tick("errors", n + 1, len(chosen))
     labels = {t.module: class_of(t, classes).label for t in chosen}
-    probes, tokens = _probes(folder, chosen, labels, plain, known, windows, tick)
+    probes, tokens = _probes(folder, chosen, labels, raw, known, windows, solver, tick)
     factors = {(p.label, p.bits): _factor(p) for p in probes}
     modules = {
         m: {f: cost * _at(factors, labels[m], int(f.split("/")[0])) for f, cost in costs.items()}
@@ -102,12 +102,12 @@ def formats(columns: int) -> list[QuantSpec]:
 # ------------------------------------------------------------------------------------------------ errors of formats
 
 
-def _costs(target: Target, known: FromStatistics, solver: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Cost of every format by least squares, and by the solver that will build."""
+def _costs(target: Target, known: FromStatistics, solver: str) -> dict[str, float]:
+    """Cost of every format by the solver that will build."""
     columns = target.shape[-1]
     main = _group(columns)
-    measured: dict[QuantSpec, float] = {}
-    lead = 0.0
+    measured: dict[QuantSpec, float] = {}  # by least squares
+    solved: dict[int, float] = {}  # by the Hessian solver, at GROUP_BITS
     samples = sample(target, ROWS)
     for rows, weights, expert in samples:
         part = slice(expert, expert + 1) if expert is not None else None
@@ -122,16 +122,15 @@ def _costs(target: Target, known: FromStatistics, solver: str) -> tuple[dict[str
         for spec in formats(columns):
             if spec.group_size == main or spec.bits == GROUP_BITS:
                 measured[spec] = measured.get(spec, 0.0) + cost(spec, "ls")
-        if solver == "gptq":
-            lead += cost(QuantSpec(LEAD_BITS, main), "gptq")
-    base = measured[QuantSpec(LEAD_BITS, main)] if solver == "gptq" else 0.0
-    ratio = min(1.0, lead / base) if base > 0 else 1.0
+            if spec.bits == GROUP_BITS and solver == "gptq":
+                solved[spec.group_size] = solved.get(spec.group_size, 0.0) + cost(spec, "gptq")
     at_main = max(measured[QuantSpec(GROUP_BITS, main)], 1e-30)
-    plain = {
-        label(s): measured[QuantSpec(s.bits, main)] * measured[QuantSpec(GROUP_BITS, s.group_size)] / at_main
-        for s in formats(columns)
-    }
-    return plain, {name: c * ratio for name, c in plain.items()}
+    out = {}
+    for spec in formats(columns):
+        by_least_squares = measured[QuantSpec(GROUP_BITS, spec.group_size)]
+        left = min(solved.get(spec.group_size, by_least_squares), by_least_squares)
+        out[label(spec)] = measured[QuantSpec(spec.bits, main)] * left / at_main
+    return out
 
 
 def _group(columns: int) -> int:
@@ -176,9 +175,10 @@ def _probes(
     folder: Path,
     targets: Sequence[Target],
     labels: Mapping[str, str],
-    plain: Mapping[str, Mapping[str, float]],
+    costs: Mapping[str, Mapping[str, float]],
     known: FromStatistics,
     windows: Sequence[Sequence[int]],
+    solver: str,
     tick: Progress,
 ) -> tuple[list[Probe], int]:
     used = probe_windows(windows)
@@ -191,10 +191,10 @@ def _probes(
     out = []
     for n, (name, bits) in enumerate((c, b) for c in wanted for b in PROBE_BITS):
         specs = {t.module: QuantSpec(bits, _group(t.shape[-1])) for t in targets if labels[t.module] == name}
-        rounded = Rounded(weights, specs, known)
+        rounded = Rounded(weights, specs, known, solver)
         states = _states(hidden_states_of(rounded, tokens))
         found = compare(teacher, head, states, rounded.head(), want)
-        predicted = sum(plain[m][label(s)] for m, s in specs.items())
+        predicted = sum(costs[m][label(s)] for m, s in specs.items())
         out.append(Probe(name, bits, GROUP, predicted, float(np.nanmean(found.kld))))
         tick("probes", n + 1, len(wanted) * len(PROBE_BITS))
         mx.clear_cache()
@@ -214,22 +214,27 @@ def _states(batches: Sequence[mx.array]) -> mx.array:
 
 
 class Rounded(Weights):
-    """The base with some modules rounded by least squares as they are loaded."""
+    """The base with some modules rounded by a solver as they are loaded."""
 
-    def __init__(self, weights: Weights, specs: Mapping[str, QuantSpec], known: FromStatistics) -> None:
+    def __init__(self, weights: Weights, specs: Mapping[str, QuantSpec], known: FromStatistics, solver: str) -> None:
         self.__dict__.update(weights.__dict__)
-        self._rounded, self._known = specs, known
+        self._rounded, self._known, self._solver = specs, known, solver
 
     def linear(self, module: str) -> Linear:
         dense = super().linear(module)
         spec = self._rounded.get(module)
         if spec is None:
             return dense
-        w = dense.weight.astype(mx.bfloat16)
-        packed = solve(w, self._known.moments(module, None, None, False), spec, "ls", QUICK)
-        assert packed.biases is not None
-        scales, biases = packed.scales.astype(mx.float32), packed.biases.astype(mx.float32)
-        return Packed(packed.codes, scales, biases, spec, mx.float32, dense.bias)
+        w, parts = dense.weight, []
+        step = max(1, BAND_VALUES // (w.size // w.shape[0]))
+        for start in range(0, w.shape[0], step):
+            rows = slice(start, min(w.shape[0], start + step))
+            known = self._known.moments(module, rows if w.ndim == 3 else None, None, self._solver == "gptq")
+            packed = solve(w[rows].astype(mx.bfloat16), known, spec, self._solver, QUICK)
+            assert packed.biases is not None
+            parts.append((packed.codes, packed.scales.astype(mx.float32), packed.biases.astype(mx.float32)))
+        codes, scales, biases = (mx.concatenate(list(x)) for x in zip(*parts, strict=True))
+        return Packed(codes, scales, biases, spec, mx.float32, dense.bias)
 
 
 def _factor(probe: Probe) -> float:

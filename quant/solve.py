@@ -25,6 +25,7 @@ from inference.backend import BACKEND, mx
 from inference.checkpoint import QuantSpec
 
 from . import gptq, least_squares, nearest
+from .hessians import Factor
 
 WORD = 32  # bits
 
@@ -47,7 +48,7 @@ class Moments:
     """
 
     second: np.ndarray
-    factor: gptq.Factor | None = None
+    factor: Factor | None = None
 
 
 @dataclass(frozen=True)

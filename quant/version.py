@@ -10,5 +10,6 @@ SOLVERS = ("rtn", "ls", "gptq")  # `quant.solve`: round to nearest; least square
 # 1: second order on sampled rows, a factor a class from probes at 2 and 4 bits
 # 2: probes over windows spread over the text, twice as many, in place of its first
 # 3: gptq leaves less
-SENSITIVITY_VERSION = 3
+# 4: its lead over least squares at each group size; probes rounded by the solver that builds
+SENSITIVITY_VERSION = 4
 ALLOCATED_SOLVER = "gptq"  # of variants made by size, unless the file says otherwise

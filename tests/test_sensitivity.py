@@ -81,7 +81,7 @@ def test_the_prices_of_a_plan_add_up_to_its_divergence(tiny, dense):
     expected, true = [], []
     for plan in plans:
         expected.append(sum(found.modules[m][quant.sensitivity.label(s)] for m, s in plan.items()))
-        rounded = Rounded(weights, plan, known)
+        rounded = Rounded(weights, plan, known, "ls")
         student = states(hidden_states_of(rounded, tokens))
         true.append(float(np.mean(compare(teacher, head, student, rounded.head(), want).kld)))
     ratios = np.array(expected) / true
@@ -90,7 +90,7 @@ def test_the_prices_of_a_plan_add_up_to_its_divergence(tiny, dense):
 
 
 def prices_of(base, known, module, solver):
-    """Formats of one module by least squares and by the solver, without probes."""
+    """Formats of one module by the solver, without probes."""
     checkpoint = read_checkpoint(base)
     target = next(t for t in names_of(checkpoint.config).targets(checkpoint) if t.module == module)
     with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +102,7 @@ def test_experts_are_priced_together_and_the_hessian_solver_costs_less(tmp_path)
     base = write_moe(tmp_path / "moe")
     known = FromStatistics(collect(base, tmp_path, windows(4), fisher_tokens=10**6))
     for name in ("switch_mlp.down_proj", "shared_expert.up_proj"):
-        plain, solved = prices_of(base, known, f"{LAYER}0.mlp.{name}", "gptq")
+        plain, solved = (prices_of(base, known, f"{LAYER}0.mlp.{name}", s) for s in ("ls", "gptq"))
         assert plain["2/64"] > plain["4/64"] > plain["8/64"] > 0
         assert all(0.2 * plain[f] < cost < plain[f] for f, cost in solved.items())
 
@@ -112,7 +112,7 @@ def test_a_tied_embedding_is_priced_for_both_its_uses(tmp_path):
     known = FromStatistics(collect(base, tmp_path, windows(2), fisher_tokens=10**6))
     s = known.statistics
     assert not known.knows(HEAD)
-    plain, _ = prices_of(base, known, EMBED, "ls")
+    plain = prices_of(base, known, EMBED, "ls")
     looked_up = s.objective_second(EMBED) - s.second(EMBED)
     assert (looked_up >= 0).all()
     assert looked_up.any()

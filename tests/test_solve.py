@@ -24,7 +24,7 @@ from inference.errors import CheckpointError
 from inference.families import names_of
 from inference.layout import read_band
 from publisher.calibrate import collect
-from quant import gptq, least_squares
+from quant import gptq, hessians, least_squares
 from quant.convert import convert
 from quant.moments import KEPT, FromImportance, FromStatistics
 from quant.solve import QUICK, Moments, Packed, _floored, pack, solve
@@ -63,7 +63,7 @@ def second_moment(x: np.ndarray) -> np.ndarray:
 
 
 def moments_of(hessian: np.ndarray, tokens: float = 3000) -> Moments:
-    factor = gptq.factor_of([gptq.factorize(hessian, gptq.damping(len(hessian), tokens))])
+    factor = hessians.factor_of([hessians.factorize(hessian, hessians.damping(len(hessian), tokens))])
     return Moments(np.diagonal(hessian).copy(), factor)
 
 
@@ -139,8 +139,8 @@ def test_packing_is_that_of_mx_quantize(bits):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_stored_has_the_weights_type_and_shape(dtype, solver):
     x = mx.array(np.random.default_rng(0).standard_normal((2, 4, 128)), DTYPES[dtype])
-    parts = [gptq.factorize(second_moment(inputs(128, seed=s)), 0.02) for s in range(2)]
-    moments = Moments(np.stack([np.diagonal(p[0]) for p in parts]), gptq.factor_of(parts))
+    parts = [hessians.factorize(second_moment(inputs(128, seed=s)), 0.02) for s in range(2)]
+    moments = Moments(np.stack([np.diagonal(p[0]) for p in parts]), hessians.factor_of(parts))
     p = solve(x, moments, QuantSpec(3, 32), solver)
     assert p.biases is not None
     assert (p.scales.dtype, p.biases.dtype, p.codes.dtype) == (DTYPES[dtype], DTYPES[dtype], mx.uint32)
@@ -180,7 +180,7 @@ def test_never_worse_than_nearest_on_its_own_objective(kind, dtype, solver):
 @pytest.mark.parametrize("kind", hard_hessians())
 def test_a_degenerate_hessian_is_factorized(kind):
     hessian = hard_hessians()[kind]
-    damped, order, upper, pivots = gptq.factorize(hessian, 0.02)
+    damped, order, upper, pivots = hessians.factorize(hessian, 0.02)
     assert all(np.isfinite(a).all() for a in (damped, upper, pivots))
     assert (np.diagonal(damped) > 0).all()
     assert (pivots > 0).all()
@@ -193,9 +193,44 @@ def test_a_degenerate_hessian_is_factorized(kind):
     assert np.abs(off).max() < 1e-4
 
 
+@pytest.mark.parametrize("block", [32, 100, 256])
+@pytest.mark.parametrize("kind", hard_hessians())
+def test_a_hessian_is_factorized_on_the_device_as_on_the_host(monkeypatch, kind, block):
+    """What a GPU does, in float32 by blocks, against float64."""
+    monkeypatch.setattr(hessians, "FACTOR_BLOCK", block)
+    hessian = hard_hessians()[kind]
+    host = hessians.factorize(hessian, 0.02)
+    monkeypatch.setattr(hessians, "BACKEND", "cuda")
+    device = hessians.factorize(hessian, 0.02)
+    assert (device[1] == host[1]).all()
+    for i in (0, 2, 3):
+        a, b = np.array(device[i], np.float64), host[i].astype(np.float64)
+        assert a.shape == b.shape
+        if kind != "range of 1e12 in x":
+            assert np.linalg.norm(a - b) <= 2e-4 * np.linalg.norm(b)
+    # the channels' own units: what U does to a unit of each, whatever the range
+    root = np.sqrt(np.diagonal(host[0]))[host[1]].astype(np.float64)
+    units = [np.array(x[2], np.float64) * root[None] / root[:, None] for x in (device, host)]
+    assert np.abs(units[0] - units[1]).max() < 2e-4 * max(1.0, np.abs(units[1]).max())
+    scaled = [hessians.rescale(x, np.diagonal(hessian), 4 * np.diagonal(hessian)) for x in (device, host)]
+    assert np.allclose(np.array(scaled[0][3]), scaled[1][3], rtol=1e-3)
+
+
+def test_a_hessian_that_is_not_definite_is_damped_more_on_the_device(monkeypatch):
+    hessian = np.ones((64, 64), np.float32)
+    hessian[0, 1] = hessian[1, 0] = -3.0
+    host = hessians.factorize(hessian, 0.02)
+    monkeypatch.setattr(hessians, "BACKEND", "cuda")
+    monkeypatch.setattr(hessians, "FACTOR_BLOCK", 16)
+    device = hessians.factorize(hessian, 0.02)
+    assert np.allclose(np.array(device[2]), host[2], atol=1e-4)
+    assert np.isfinite(host[2]).all()
+    assert np.abs(host[2]).max() > 0
+
+
 @pytest.mark.parametrize("columns", [32, 64, 96, 128, 320, 576])
 def test_the_order_keeps_the_groups_of_every_size_together(columns):
-    order = gptq.factorize(second_moment(inputs(columns, spread=2.0)), 0.02)[1]
+    order = hessians.factorize(second_moment(inputs(columns, spread=2.0)), 0.02)[1]
     assert sorted(order) == list(range(columns))
     for size in [g for g in AFFINE_GROUPS if columns % g == 0]:
         assert (np.ptp(order.reshape(-1, size) // size, axis=1) == 0).all()
@@ -351,9 +386,9 @@ def test_descent_moves_every_code_to_where_no_single_move_helps():
 
 
 def test_damping_grows_as_tokens_get_scarce():
-    assert gptq.damping(1000, 1e9) == pytest.approx(gptq.DAMPING, rel=1e-3)
-    assert gptq.damping(1000, 1000) == pytest.approx(gptq.DAMPING + gptq.DAMPING_SCARCE)
-    assert gptq.damping(1000, 0) == gptq.DAMPING_MOST
+    assert hessians.damping(1000, 1e9) == pytest.approx(hessians.DAMPING, rel=1e-3)
+    assert hessians.damping(1000, 1000) == pytest.approx(hessians.DAMPING + hessians.DAMPING_SCARCE)
+    assert hessians.damping(1000, 0) == hessians.DAMPING_MOST
 
 
 def test_without_statistics_the_hessian_solver_is_least_squares():

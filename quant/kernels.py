@@ -1,0 +1,170 @@
+"""The inner loops of `quant.gptq` as GPU kernels: a group or block of columns in one launch, not two launches a column.
+
+Columns answer for each other one after the other, so that a matrix of 4,096 columns is some 40,000 launches, and a GPU
+waits for them. Here a thread walks over the columns of its row, with what it moved so far in its own memory; rows,
+candidates and experts are what runs side by side. The two kernels are written once, in what CUDA and Metal have in common,
+and compute what `gptq._round_group` and `gptq._move` do, up to the order of float32 sums.
+
+`gptq.by_kernels` says whether they are used: on a GPU, unless PUBLISH_GPTQ says `plain`, and only once they were compiled there
+and gave, on a small problem, what plain MLX gives.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from inference.backend import BACKEND, mx
+
+TILE = 8  # columns whose sums a thread holds in registers
+GROUP_THREADS, BLOCK_THREADS = 128, 32  # of a thread group; a block has few rows to spread over the device
+
+# What the two languages say differently.
+HEADERS = {
+    "cuda": """
+#define ROW (blockIdx.x * blockDim.x + threadIdx.x)
+#define SECOND blockIdx.y
+#define THIRD blockIdx.z
+#define OFFSET long long
+""",
+    "metal": """
+#define ROW thread_position_in_grid.x
+#define SECOND thread_position_in_grid.y
+#define THIRD thread_position_in_grid.z
+#define OFFSET long
+""",
+}
+
+# One group of N columns, rounded with every pair of scale and bias: what it adds to the error (COST), or codes and errors.
+#   w, target [E, N, R]; s, b [E, C, R]; u [E, N, N] upper; pivots [E, N]; size = (R, C). TOP: largest code.
+#   COST: cost [E, C, R]. Otherwise, with C = 1: codes, errors [E, N, R].
+GROUP = """
+    const int rows = size[0], pairs = size[1];
+    const int row = ROW, pair = SECOND, matrix = THIRD;
+    if (row >= rows) return;
+    const OFFSET columns = (OFFSET)matrix * N * rows + row;
+    const OFFSET own = ((OFFSET)matrix * pairs + pair) * rows + row;
+    const float scale = s[own], bias = b[own];
+    const float divisor = scale == 0.0f ? 1.0f : scale;
+    float moved[N];
+    float total = 0.0f;
+    for (int from = 0; from < N; from += TILE) {
+        float sum[TILE];
+        for (int i = 0; i < TILE; ++i) sum[i] = target[columns + (OFFSET)(from + i) * rows];
+        for (int k = 0; k < from; ++k) {
+            const float e = moved[k];
+            const OFFSET at = ((OFFSET)matrix * N + k) * N + from;
+            for (int i = 0; i < TILE; ++i) sum[i] += e * u[at + i];
+        }
+        for (int i = 0; i < TILE; ++i) {
+            const int j = from + i;
+            const float q = fmin(fmax(rint((sum[i] - bias) / divisor), 0.0f), (float)TOP);
+            const float y = scale * q + bias;
+            const float left = sum[i] - y;
+            const float e = w[columns + (OFFSET)j * rows] - y;
+            moved[j] = e;
+            total += pivots[matrix * N + j] * left * left;
+            const OFFSET at = ((OFFSET)matrix * N + j) * N + from;
+            for (int l = i + 1; l < TILE; ++l) sum[l] += e * u[at + l];
+            WRITE
+        }
+    }
+    FINISH
+"""
+COST = GROUP.replace("WRITE", "").replace("FINISH", "cost[own] = total;")
+CODES = GROUP.replace(
+    "WRITE", "codes[columns + (OFFSET)j * rows] = q;\n            errors[columns + (OFFSET)j * rows] = e;"
+).replace("FINISH", "")
+
+# Coordinate descent over one block of N columns, everything before it done.
+#   q, pull [E, N, R]; s [E, N / SHARE, R], a scale for SHARE columns; h [E, N, N]; size = (R, 1). codes, moves: [E, N, R].
+DESCENT = """
+    const int rows = size[0];
+    const int row = ROW, matrix = THIRD;
+    if (row >= rows) return;
+    const OFFSET columns = (OFFSET)matrix * N * rows + row;
+    float moved[N];
+    for (int from = 0; from < N; from += TILE) {
+        float sum[TILE];
+        for (int i = 0; i < TILE; ++i) sum[i] = pull[columns + (OFFSET)(from + i) * rows];
+        for (int k = 0; k < from; ++k) {
+            const float m = moved[k];
+            const OFFSET at = ((OFFSET)matrix * N + k) * N + from;
+            for (int i = 0; i < TILE; ++i) sum[i] -= m * h[at + i];
+        }
+        for (int i = 0; i < TILE; ++i) {
+            const int j = from + i;
+            const OFFSET at = ((OFFSET)matrix * N + j) * N + from;
+            const float scale = s[((OFFSET)matrix * (N / SHARE) + j / SHARE) * rows + row];
+            const float was = q[columns + (OFFSET)j * rows];
+            const float step = sum[i] / (h[at + i] * (scale == 0.0f ? 1.0f : scale));
+            const float now = fmin(fmax(rint(was + step), 0.0f), (float)TOP);
+            const float m = scale * (now - was);
+            moved[j] = m;
+            for (int l = i + 1; l < TILE; ++l) sum[l] -= m * h[at + l];
+            codes[columns + (OFFSET)j * rows] = now;
+            moves[columns + (OFFSET)j * rows] = m;
+        }
+    }
+"""
+
+
+def unrolled(source: str) -> str:
+    """With every loop over a tile marked, so that its sums stay in registers."""
+    return "".join(
+        line[: len(line) - len(line.lstrip())] + "#pragma unroll\n" + line if "< TILE; ++" in line else line
+        for line in source.splitlines(keepends=True)
+    )
+
+
+Kernel = Callable[..., list[mx.array]]
+
+
+@functools.cache
+def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Kernel:
+    text = unrolled(source)
+    header = f"{HEADERS[BACKEND]}#define TILE {TILE}\n"
+    # MLX keeps what it compiled by name, on disk too: the name says what it was compiled from
+    named = f"publish_{name}_{hashlib.sha256((header + text).encode()).hexdigest()[:8]}"
+    make: Any = mx.fast.cuda_kernel if BACKEND == "cuda" else mx.fast.metal_kernel
+    return make(name=named, input_names=list(inputs), output_names=list(outputs), source=text, header=header)
+
+
+def costs(w: mx.array, target: mx.array, s: mx.array, b: mx.array, u: mx.array, pivots: mx.array, top: int) -> mx.array:
+    """What a group adds to the error under each pair of scale and bias, [E, C, R]; arguments as of `gptq._round_group`."""
+    (e, n, r), c = w.shape, s.shape[1]
+    kernel = _kernel("costs", ("w", "target", "s", "b", "u", "pivots", "size"), ("cost",), COST)
+    return kernel(
+        inputs=[w, target, s, b, u, pivots, mx.array([r, c], mx.int32)], template=[("N", n), ("TOP", top)], grid=(r, c, e),
+        threadgroup=(GROUP_THREADS, 1, 1), output_shapes=[(e, c, r)], output_dtypes=[mx.float32],
+    )[0]  # fmt: skip
+
+
+def codes(
+    w: mx.array, target: mx.array, s: mx.array, b: mx.array, u: mx.array, pivots: mx.array, top: int
+) -> tuple[mx.array, mx.array]:
+    """Codes and errors w − ŵ [E, N, R] of a group under scales and biases [E, 1, R]."""
+    e, n, r = w.shape
+    kernel = _kernel("codes", ("w", "target", "s", "b", "u", "pivots", "size"), ("codes", "errors"), CODES)
+    found = kernel(
+        inputs=[w, target, s, b, u, pivots, mx.array([r, 1], mx.int32)], template=[("N", n), ("TOP", top)], grid=(r, 1, e),
+        threadgroup=(GROUP_THREADS, 1, 1), output_shapes=[w.shape] * 2, output_dtypes=[mx.float32] * 2,
+    )  # fmt: skip
+    return found[0], found[1]
+
+
+def descent(q: mx.array, pull: mx.array, s: mx.array, h: mx.array, top: int) -> tuple[mx.array, mx.array]:
+    """New codes of a block and by how much their weights moved, [E, N, R].
+
+    q, pull: [E, N, R]; s: scales [E, N / columns that share one, R]; h: the block's Hessian [E, N, N].
+    """
+    e, n, r = q.shape
+    kernel = _kernel("descent", ("q", "pull", "s", "h", "size"), ("codes", "moves"), DESCENT)
+    found = kernel(
+        inputs=[q, pull, s, h, mx.array([r, 1], mx.int32)], grid=(r, 1, e), threadgroup=(BLOCK_THREADS, 1, 1),
+        template=[("N", n), ("TOP", top), ("SHARE", n // s.shape[1])],
+        output_shapes=[q.shape] * 2, output_dtypes=[mx.float32] * 2,
+    )  # fmt: skip
+    return found[0], found[1]
