@@ -26,18 +26,15 @@ rows is contiguous. Columns are worked on in blocks; what a block does to the re
 from __future__ import annotations
 
 import functools
-import os
 
 import numpy as np
 
 from inference.backend import BACKEND, fused, mx
-from inference.errors import InputError
+from inference.kernels import trusted
 
 from . import kernels
 from .hessians import Factor
 from .least_squares import stored
-
-SETTING = "PUBLISH_GPTQ"
 
 BLOCK = 64  # columns between two matrix products
 AHEAD = 2  # columns that are asked for before they are computed: what waits holds on to what it is made of
@@ -257,20 +254,8 @@ def _ask(before: Asked, *arrays: mx.array) -> Asked:
 
 @functools.cache
 def by_kernels() -> bool:
-    """Whether this process uses `quant.kernels`: where there is a GPU for them, they compile, and they are right.
-
-    PUBLISH_GPTQ=plain keeps to MLX's own operations, PUBLISH_GPTQ=kernels asks for these and raises InputError where they
-    cannot be had.
-    """
-    wanted = os.environ.get(SETTING)
-    if wanted not in (None, "plain", "kernels"):
-        raise InputError(f"{SETTING}={wanted}: expected plain or kernels")
-    if wanted == "plain" or (BACKEND == "cpu" and not wanted):
-        return False
-    fault = f"there are none for the {BACKEND} backend" if BACKEND == "cpu" else _kernel_fault()
-    if fault and wanted:
-        raise InputError(f"{SETTING}=kernels: {fault}")
-    return not fault
+    """Whether this process uses `quant.kernels`; PUBLISH_KERNELS overrides. Raises InputError as `trusted` does."""
+    return trusted(_kernel_fault)
 
 
 def _kernel_fault() -> str | None:
@@ -286,27 +271,24 @@ def _kernel_fault() -> str | None:
     b = -3.5 * s
     inner = (mx.array(upper), mx.array(pivots), top)
     wrong = []
-    try:
-        costs = np.array(kernels.costs(mx.array(w), mx.array(w), mx.array(s), mx.array(b), *inner))
-        for c in range(pairs):
-            s1, b1 = s[:, c, None], b[:, c, None]
-            found = kernels.codes(mx.array(w), mx.array(w), mx.array(s1), mx.array(b1), *inner)
-            q, e = (np.array(x) for x in found)
-            target, y = w + upper.swapaxes(1, 2) @ e, s1 * q + b1
-            cost = (pivots[..., None] * np.square(target - y)).sum(axis=1)
-            wrong += [q != np.clip(np.rint((target - b1) / s1), 0, top), ~np.isclose(e, w - y, atol=1e-5)]
-            wrong.append(~np.isclose(costs[:, c], cost, rtol=1e-3))
-            pull = hessian @ e
-            found = kernels.descent(mx.array(q), mx.array(pull), mx.array(s1), mx.array(hessian), top)
-            new, moved = (np.array(x) for x in found)
-            pull -= np.triu(hessian, 1).swapaxes(1, 2) @ moved
-            best = q + pull / (np.diagonal(hessian, axis1=1, axis2=2)[..., None] * s1)
-            wrong += [new != np.clip(np.rint(best), 0, top), ~np.isclose(moved, s1 * (new - q), atol=1e-5)]
-    except Exception as e:  # noqa: BLE001 - of MLX's compiler, in whatever type a backend raises it
-        return f"the kernels do not run on this device ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+    costs = np.array(kernels.costs(mx.array(w), mx.array(w), mx.array(s), mx.array(b), *inner))
+    for c in range(pairs):
+        s1, b1 = s[:, c, None], b[:, c, None]
+        found = kernels.codes(mx.array(w), mx.array(w), mx.array(s1), mx.array(b1), *inner)
+        q, e = (np.array(x) for x in found)
+        target, y = w + upper.swapaxes(1, 2) @ e, s1 * q + b1
+        cost = (pivots[..., None] * np.square(target - y)).sum(axis=1)
+        wrong += [q != np.clip(np.rint((target - b1) / s1), 0, top), ~np.isclose(e, w - y, atol=1e-5)]
+        wrong.append(~np.isclose(costs[:, c], cost, rtol=1e-3))
+        pull = hessian @ e
+        found = kernels.descent(mx.array(q), mx.array(pull), mx.array(s1), mx.array(hessian), top)
+        new, moved = (np.array(x) for x in found)
+        pull -= np.triu(hessian, 1).swapaxes(1, 2) @ moved
+        best = q + pull / (np.diagonal(hessian, axis1=1, axis2=2)[..., None] * s1)
+        wrong += [new != np.clip(np.rint(best), 0, top), ~np.isclose(moved, s1 * (new - q), atol=1e-5)]
     # a sum in another order takes a value across a tie now and then, nothing more
     share = max(float(x.mean()) for x in wrong)
-    return None if share < 0.01 else f"the kernels give wrong codes on this device ({share:.1%} of them)"
+    return None if share < 0.01 else f"they give wrong codes on this device ({share:.1%} of them)"
 
 
 @fused

@@ -2,40 +2,17 @@
 
 Columns answer for each other one after the other, so that a matrix of 4,096 columns is some 40,000 launches, and a GPU
 waits for them. Here a thread walks over the columns of its row, with what it moved so far in its own memory; rows,
-candidates and experts are what runs side by side. The two kernels are written once, in what CUDA and Metal have in common,
-and compute what `gptq._round_group` and `gptq._move` do, up to the order of float32 sums.
-
-`gptq.by_kernels` says whether they are used: on a GPU, unless PUBLISH_GPTQ says `plain`, and only once they were compiled there
-and gave, on a small problem, what plain MLX gives.
+candidates and experts are what runs side by side. They compute what `gptq._round_group` and `gptq._descend_block` do, up to the
+order of float32 sums, and are used where `gptq.by_kernels` finds them right (`inference.kernels`).
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from collections.abc import Callable
-from typing import Any
-
-from inference.backend import BACKEND, mx
+from inference.backend import mx
+from inference.kernels import kernel
 
 TILE = 8  # columns whose sums a thread holds in registers
 GROUP_THREADS, BLOCK_THREADS = 128, 32  # of a thread group; a block has few rows to spread over the device
-
-# What the two languages say differently.
-HEADERS = {
-    "cuda": """
-#define ROW (blockIdx.x * blockDim.x + threadIdx.x)
-#define SECOND blockIdx.y
-#define THIRD blockIdx.z
-#define OFFSET long long
-""",
-    "metal": """
-#define ROW thread_position_in_grid.x
-#define SECOND thread_position_in_grid.y
-#define THIRD thread_position_in_grid.z
-#define OFFSET long
-""",
-}
 
 # One group of N columns, rounded with every pair of scale and bias: what it adds to the error (COST), or codes and errors.
 #   w, target [E, N, R]; s, b [E, C, R]; u [E, N, N] upper; pivots [E, N]; size = (R, C). TOP: largest code.
@@ -111,32 +88,19 @@ DESCENT = """
 """
 
 
-def unrolled(source: str) -> str:
+def _unrolled(source: str) -> str:
     """With every loop over a tile marked, so that its sums stay in registers."""
-    return "".join(
+    return f"    constexpr int TILE = {TILE};\n" + "".join(
         line[: len(line) - len(line.lstrip())] + "#pragma unroll\n" + line if "< TILE; ++" in line else line
         for line in source.splitlines(keepends=True)
     )
 
 
-Kernel = Callable[..., list[mx.array]]
-
-
-@functools.cache
-def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Kernel:
-    text = unrolled(source)
-    header = f"{HEADERS[BACKEND]}#define TILE {TILE}\n"
-    # MLX keeps what it compiled by name, on disk too: the name says what it was compiled from
-    named = f"publish_{name}_{hashlib.sha256((header + text).encode()).hexdigest()[:8]}"
-    make: Any = mx.fast.cuda_kernel if BACKEND == "cuda" else mx.fast.metal_kernel
-    return make(name=named, input_names=list(inputs), output_names=list(outputs), source=text, header=header)
-
-
 def costs(w: mx.array, target: mx.array, s: mx.array, b: mx.array, u: mx.array, pivots: mx.array, top: int) -> mx.array:
     """What a group adds to the error under each pair of scale and bias, [E, C, R]; arguments as of `gptq._round_group`."""
     (e, n, r), c = w.shape, s.shape[1]
-    kernel = _kernel("costs", ("w", "target", "s", "b", "u", "pivots", "size"), ("cost",), COST)
-    return kernel(
+    run = kernel("costs", ("w", "target", "s", "b", "u", "pivots", "size"), ("cost",), _unrolled(COST))
+    return run(
         inputs=[w, target, s, b, u, pivots, mx.array([r, c], mx.int32)], template=[("N", n), ("TOP", top)], grid=(r, c, e),
         threadgroup=(GROUP_THREADS, 1, 1), output_shapes=[(e, c, r)], output_dtypes=[mx.float32],
     )[0]  # fmt: skip
@@ -147,8 +111,8 @@ def codes(
 ) -> tuple[mx.array, mx.array]:
     """Codes and errors w − ŵ [E, N, R] of a group under scales and biases [E, 1, R]."""
     e, n, r = w.shape
-    kernel = _kernel("codes", ("w", "target", "s", "b", "u", "pivots", "size"), ("codes", "errors"), CODES)
-    found = kernel(
+    run = kernel("codes", ("w", "target", "s", "b", "u", "pivots", "size"), ("codes", "errors"), _unrolled(CODES))
+    found = run(
         inputs=[w, target, s, b, u, pivots, mx.array([r, 1], mx.int32)], template=[("N", n), ("TOP", top)], grid=(r, 1, e),
         threadgroup=(GROUP_THREADS, 1, 1), output_shapes=[w.shape] * 2, output_dtypes=[mx.float32] * 2,
     )  # fmt: skip
@@ -161,8 +125,8 @@ def descent(q: mx.array, pull: mx.array, s: mx.array, h: mx.array, top: int) -> 
     q, pull: [E, N, R]; s: scales [E, N / columns that share one, R]; h: the block's Hessian [E, N, N].
     """
     e, n, r = q.shape
-    kernel = _kernel("descent", ("q", "pull", "s", "h", "size"), ("codes", "moves"), DESCENT)
-    found = kernel(
+    run = kernel("descent", ("q", "pull", "s", "h", "size"), ("codes", "moves"), _unrolled(DESCENT))
+    found = run(
         inputs=[q, pull, s, h, mx.array([r, 1], mx.int32)], grid=(r, 1, e), threadgroup=(BLOCK_THREADS, 1, 1),
         template=[("N", n), ("TOP", top), ("SHARE", n // s.shape[1])],
         output_shapes=[q.shape] * 2, output_dtypes=[mx.float32] * 2,

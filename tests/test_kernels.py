@@ -10,19 +10,51 @@ import subprocess
 import numpy as np
 import pytest
 
+import inference.kernels
 from inference.backend import mx
 from inference.errors import InputError
+from inference.load import load
+from inference.qwen3_5 import token_kernel
 from quant import gptq, hessians, kernels
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
-# what either language gives a kernel, for one thread at a time
+# what either language gives a kernel; the threads of a group run side by side where they wait for each other
 PRELUDE = """
+#include <barrier>
 #include <cmath>
+#include <thread>
+#include <vector>
 using namespace std;
 struct Place { int x, y, z; };
-[[maybe_unused]] static Place blockIdx, blockDim = {1, 1, 1}, threadIdx = {0, 0, 0}, thread_position_in_grid;
+struct mem_flags { static const int mem_threadgroup = 0; };
+static barrier<>* together = nullptr;
+[[maybe_unused]] static void threadgroup_barrier(int) { together->arrive_and_wait(); }
+[[maybe_unused]] static void __syncthreads() { together->arrive_and_wait(); }
+[[maybe_unused]] static float rsqrt(float x) { return 1.0f / std::sqrt(x); }
+[[maybe_unused]] static thread_local Place blockIdx, blockDim, threadIdx;
+[[maybe_unused]] static thread_local Place thread_position_in_grid, threadgroup_position_in_grid, thread_position_in_threadgroup;
+#define __shared__ static
+#define threadgroup static
+"""
+DRIVER = """
+static void at(int x, int y, int z, int size, int i) {
+    blockDim = {size, 1, 1};
+    threadgroup_position_in_grid = blockIdx = {x, y, z};
+    thread_position_in_threadgroup = threadIdx = {i, 0, 0};
+    thread_position_in_grid = {x * size + i, y, z};
+}
+extern "C" void all(int groups_, int ys_, int zs_, int size_, bool waits_, ARGUMENTS) {
+    for (int z_ = 0; z_ < zs_; ++z_) for (int y_ = 0; y_ < ys_; ++y_) for (int x_ = 0; x_ < groups_; ++x_) {
+        if (!waits_) { for (int i_ = 0; i_ < size_; ++i_) { at(x_, y_, z_, size_, i_); one(NAMES); } continue; }
+        barrier<> meeting_(size_);
+        together = &meeting_;
+        vector<thread> threads_;
+        for (int i_ = 0; i_ < size_; ++i_) threads_.emplace_back([=] { at(x_, y_, z_, size_, i_); one(NAMES); });
+        for (auto& t_ : threads_) t_.join();
+    }
+}
 """
 
 
@@ -35,29 +67,31 @@ class Emulator:
 
     def __call__(self, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
         assert output_dtypes == [mx.float32] * len(self.outputs)
+        assert threadgroup[1:] == (1, 1)
         held = [np.ascontiguousarray(np.array(x)) for x in inputs]
+        assert {x.dtype.name for x in held} <= {"float32", "int32"}
         out = [np.full(shape, np.nan, np.float32) for shape in output_shapes]
-        padded = -(-grid[0] // threadgroup[0]) * threadgroup[0]
-        self._function(template)(*grid[1:], padded, *(x.ctypes.data_as(ctypes.c_void_p) for x in (*held, *out)))
+        groups = -(-grid[0] // threadgroup[0])
+        pointers = [x.ctypes.data_as(ctypes.c_void_p) for x in (*held, *out)]
+        self._function(template, held)(groups, *grid[1:], threadgroup[0], "SYNC" in self.source, *pointers)
         return [mx.array(x) for x in out]
 
-    def _function(self, template):
-        constants = "".join(f"constexpr int {k} = {v};\n" for k, v in template)
-        kinds = ["int" if name == "size" else "float" for name in self.inputs]
+    def _function(self, template, held):
+        of_template = [
+            f"constexpr int {k} = {v};" if isinstance(v, int) else f"using {k} = float;" for k, v in template
+        ]
+        kinds = [{"float32": "float", "int32": "int"}[x.dtype.name] for x in held]
         arguments = [f"const {kind}* {name}" for kind, name in zip(kinds, self.inputs, strict=True)]
-        arguments += [f"float* {name}" for name in self.outputs]
-        names = ", ".join((*self.inputs, *self.outputs))
-        text = (
-            f"{PRELUDE}{self.header}\nstatic void one({', '.join(arguments)}) {{\n{constants}{self.source}\n}}\n"
-            f'extern "C" void all(int pairs, int matrices, int rows, {", ".join(arguments)}) {{\n'
-            "for (int z = 0; z < matrices; ++z) for (int y = 0; y < pairs; ++y) for (int x = 0; x < rows; ++x) {\n"
-            f"blockIdx = thread_position_in_grid = {{x, y, z}}; one({names}); }} }}\n"
-        )
+        given = ", ".join([*arguments, *(f"float* {name}" for name in self.outputs)])
+        body = "\n".join(["", *of_template, self.source, ""])
+        driver = DRIVER.replace("ARGUMENTS", given).replace("NAMES", ", ".join((*self.inputs, *self.outputs)))
+        text = f"{PRELUDE}{self.header}\nstatic void one({given}) {{{body}}}\n{driver}"
         path = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         if not path.exists():
             path.with_suffix(".cpp").write_text(text)
-            command = [COMPILER, "-O1", "-shared", "-fPIC", "-Werror=all", "-Wno-unknown-pragmas", "-o", str(path)]
-            subprocess.run([*command, str(path.with_suffix(".cpp"))], check=True, capture_output=True, text=True)
+            flags = ["-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-Werror=all", "-Wno-unknown-pragmas"]
+            command = [str(COMPILER), *flags, "-o", str(path), str(path.with_suffix(".cpp"))]
+            subprocess.run(command, check=True, capture_output=True, text=True)
         return ctypes.CDLL(str(path)).all
 
 
@@ -65,14 +99,15 @@ class Emulator:
 def emulated(request, monkeypatch, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / f"kernels-{request.param}"
     folder.mkdir(exist_ok=True)
-    monkeypatch.setattr(kernels, "BACKEND", request.param)
-    monkeypatch.setattr(gptq, "BACKEND", request.param)
+    for module in (inference.kernels, gptq, token_kernel):
+        monkeypatch.setattr(module, "BACKEND", request.param)
     monkeypatch.setattr(mx.fast, f"{request.param}_kernel", lambda **given: Emulator(folder, **given), raising=False)
-    kernels._kernel.cache_clear()
-    gptq.by_kernels.cache_clear()
-    yield
-    kernels._kernel.cache_clear()
-    gptq.by_kernels.cache_clear()
+    cached = (inference.kernels.kernel, gptq.by_kernels, token_kernel.usable)
+    for function in cached:
+        function.cache_clear()
+    yield request.param
+    for function in cached:
+        function.cache_clear()
 
 
 def problem(columns=128, rows=48, matrices=2, seed=0):
@@ -99,7 +134,7 @@ def test_kernels_find_what_plain_operations_find(emulated, monkeypatch, bits, gr
     assert gptq._kernel_fault() is None
     assert gptq.by_kernels()
     found = gptq.optimize(w, s, b, factor, bits, mx.bfloat16)
-    monkeypatch.setenv("PUBLISH_GPTQ", "plain")
+    monkeypatch.setenv("PUBLISH_KERNELS", "plain")
     gptq.by_kernels.cache_clear()
     assert not gptq.by_kernels()
     plain = gptq.optimize(w, s, b, factor, bits, mx.bfloat16)
@@ -123,28 +158,58 @@ def test_kernels_that_are_wrong_or_do_not_compile_are_not_used(emulated, monkeyp
     assert broken != text
     monkeypatch.setattr(kernels, kernel, broken)
     assert not gptq.by_kernels()
-    monkeypatch.setenv("PUBLISH_GPTQ", "kernels")
+    monkeypatch.setenv("PUBLISH_KERNELS", "custom")
     gptq.by_kernels.cache_clear()
-    with pytest.raises(InputError, match=r"PUBLISH_GPTQ=kernels: the kernels (give wrong codes|do not run)"):
+    with pytest.raises(InputError, match=r"PUBLISH_KERNELS=custom: they (give wrong codes|do not run)"):
         gptq.by_kernels()
 
 
 def test_the_setting_is_checked(monkeypatch):
     gptq.by_kernels.cache_clear()
-    monkeypatch.setenv("PUBLISH_GPTQ", "fast")
-    with pytest.raises(InputError, match="PUBLISH_GPTQ=fast: expected plain or kernels"):
+    monkeypatch.setenv("PUBLISH_KERNELS", "fast")
+    with pytest.raises(InputError, match="PUBLISH_KERNELS=fast: expected plain or custom"):
         gptq.by_kernels()
-    monkeypatch.setenv("PUBLISH_GPTQ", "kernels")
+    monkeypatch.setenv("PUBLISH_KERNELS", "custom")
     if gptq.BACKEND == "cpu":
         with pytest.raises(InputError, match="there are none for the cpu backend"):
             gptq.by_kernels()
     gptq.by_kernels.cache_clear()
 
 
-def test_compiled_kernels_are_named_after_their_text(emulated, monkeypatch):
+def test_compiled_kernels_are_named_after_their_text(emulated):
     """MLX keeps compiled kernels on disk by name: another version of one must have another."""
-    names = []
-    for text in (kernels.COST, kernels.COST + " "):
-        kernels._kernel.cache_clear()
-        names.append(kernels._kernel("costs", ("w",), ("cost",), text).name)
+    names = [inference.kernels.kernel("costs", ("w",), ("cost",), text).name for text in ("one;", "two;")]
     assert names[0] != names[1]
+
+
+# ------------------------------------------------------------------------------------------------ decode
+
+
+@needs_compiler
+def test_a_token_by_the_kernel_is_a_token_without(emulated, monkeypatch, tiny):
+    """A model decodes the same logits, on one sequence and on two at once."""
+    assert token_kernel._fault() is None
+    ids = mx.array([[11, 7, 5, 3, 2, 300, 40], [9, 8, 7, 6, 5, 4, 3]])
+    found = {}
+    for setting in ("custom", "plain"):
+        monkeypatch.setenv("PUBLISH_KERNELS", setting)
+        token_kernel.usable.cache_clear()
+        assert token_kernel.usable() == (setting == "custom")
+        model = load(tiny)
+        cache = model.make_cache()
+        model.forward(ids[:, :3], cache)
+        found[setting] = [model.step(ids[:, at : at + 1], cache) for at in range(3, 7)]
+    for a, b in zip(*found.values(), strict=True):
+        assert np.abs(np.array(a - b)).max() < 1e-4
+
+
+@needs_compiler
+def test_the_token_kernel_is_for_cuda_unless_asked_for(emulated, monkeypatch):
+    assert token_kernel.usable() == (emulated == "cuda")
+    monkeypatch.setattr(token_kernel, "SOURCE", token_kernel.SOURCE.replace("beta * (v", "2.0f * beta * (v"))
+    token_kernel.usable.cache_clear()
+    assert not token_kernel.usable()
+    token_kernel.usable.cache_clear()
+    monkeypatch.setenv("PUBLISH_KERNELS", "custom")
+    with pytest.raises(InputError, match=r"PUBLISH_KERNELS=custom: the kernel's output is off by"):
+        token_kernel.usable()

@@ -14,6 +14,7 @@ from ..blocks import MLP, Decoder, DecoderLayer, Weights, attend, rms_norm, swig
 from ..cache import Cache, DeltaCache, KVCache
 from ..gated_delta import Form, chosen_form, gated_delta
 from ..linear import SameInput, Sorting
+from . import token_kernel
 from .names import Config
 
 PREFIX = "language_model.model."
@@ -88,7 +89,8 @@ class DeltaNet:
         self.inputs = SameInput(*(weights.linear(f"{prefix}in_proj_{p}") for p in ("z", "a", "b", "qkv")))
         self.out_proj = weights.linear(prefix + "out_proj")
         conv = weights.array(prefix + "conv1d.weight")  # [C, K, 1]
-        self.taps = [conv[:, i, 0].astype(mx.float32) for i in range(cfg.linear_conv_kernel_dim)]  # K times [C]
+        self.filters = mx.contiguous(conv[:, :, 0].T.astype(mx.float32))  # [K, C]
+        self.taps = [self.filters[i] for i in range(cfg.linear_conv_kernel_dim)]  # K times [C]
         self.decay_rate = -mx.exp(weights.array(prefix + "A_log").astype(mx.float32))
         self.dt_bias = weights.array(prefix + "dt_bias").astype(mx.float32)
         self.norm = weights.array(prefix + "norm.weight").astype(mx.float32)
@@ -97,6 +99,7 @@ class DeltaNet:
         dk = cfg.linear_key_head_dim
         self.unit = mx.full((dk,), dk**-0.5)
         self.y_eps = cfg.rms_norm_eps * dk
+        self.eps = mx.array([L2_EPS / dk, self.y_eps])
         self.form: Form = chosen_form()
 
     def advance(
@@ -107,6 +110,11 @@ class DeltaNet:
         dk, dv = cfg.linear_key_head_dim, cfg.linear_value_head_dim
         hk, hv = cfg.linear_num_key_heads, cfg.linear_num_value_heads
         z, a, beta, qkv = self.inputs(x)
+        if t == 1 and conv is not None and state is not None and token_kernel.usable():
+            y, state = token_kernel.advance(
+                z, a, beta, qkv, conv, state, self.filters, self.decay_rate, self.dt_bias, self.norm, self.eps, hk
+            )
+            return self.out_proj(y), (*conv[1:], qkv), state
         g, beta = _gates(a, beta, self.decay_rate, self.dt_bias)
         qkv, conv = self._conv(qkv, conv)
         qk, v = mx.split(qkv, [2 * hk * dk], axis=-1)

@@ -1,0 +1,76 @@
+"""Custom GPU kernels, written once in what CUDA and Metal have in common.
+
+A kernel's text uses the words of HEADERS for what the two languages say differently. MLX compiles it when it is first used.
+Nothing relies on a kernel: whoever has one checks, once a process, that it compiles and computes what it should
+(`trusted`), and has plain MLX operations for where it does not. The tests compile the same text as C++.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from .backend import BACKEND, mx
+from .errors import InputError
+
+HEADERS = {
+    "cuda": """
+#define ROW (blockIdx.x * blockDim.x + threadIdx.x)
+#define SECOND blockIdx.y
+#define THIRD blockIdx.z
+#define GROUP blockIdx.x
+#define THREAD threadIdx.x
+#define SHARED __shared__
+#define SYNC __syncthreads()
+#define OFFSET long long
+""",
+    "metal": """
+#define ROW thread_position_in_grid.x
+#define SECOND thread_position_in_grid.y
+#define THIRD thread_position_in_grid.z
+#define GROUP threadgroup_position_in_grid.x
+#define THREAD thread_position_in_threadgroup.x
+#define SHARED threadgroup
+#define SYNC threadgroup_barrier(mem_flags::mem_threadgroup)
+#define OFFSET long
+""",
+}
+
+SETTING = "PUBLISH_KERNELS"
+Kernel = Callable[..., list[mx.array]]
+
+
+@functools.cache
+def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Kernel:
+    """What `mx.fast.cuda_kernel` or `metal_kernel` makes of a kernel's text, for the backend of this process."""
+    header = HEADERS[BACKEND]
+    # MLX keeps what it compiled by name, on disk too: the name says what it was compiled from
+    named = f"publish_{name}_{hashlib.sha256((header + source).encode()).hexdigest()[:8]}"
+    make: Any = mx.fast.cuda_kernel if BACKEND == "cuda" else mx.fast.metal_kernel
+    return make(name=named, input_names=list(inputs), output_names=list(outputs), source=source, header=header)
+
+
+def trusted(check: Callable[[], str | None], by_default: bool = True) -> bool:
+    """Whether this process uses some kernels: where there is a GPU for them, they compile, and they are right.
+
+    check: what is wrong with their results, None if nothing; what it raises is of the compiler. by_default: on a GPU,
+    without the setting. PUBLISH_KERNELS=plain keeps to MLX's own operations, PUBLISH_KERNELS=custom asks for all kernels;
+    raises InputError where they cannot be had, or for another value.
+    """
+    wanted = os.environ.get(SETTING)
+    if wanted not in (None, "plain", "custom"):
+        raise InputError(f"{SETTING}={wanted}: expected plain or custom")
+    if wanted == "plain" or (wanted is None and (BACKEND == "cpu" or not by_default)):
+        return False
+    fault = f"there are none for the {BACKEND} backend"
+    if BACKEND != "cpu":
+        try:
+            fault = check()
+        except Exception as e:  # noqa: BLE001 - in whatever type a backend raises it
+            fault = f"they do not run on this device ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+    if fault and wanted:
+        raise InputError(f"{SETTING}=custom: {fault}")
+    return not fault
