@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
+from . import norm_kernel
 from .backend import BACKEND, fused, mx
 from .cache import Cache, DeltaCache, KVCache
 from .linear import UNPACK_ROWS, Linear, SameInput
@@ -46,6 +47,22 @@ class MLP:
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """In float32 whatever the weight's type (an original checkpoint's 1 + w is float32); the result has x's type."""
     return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
+
+
+Join = Callable[[mx.array, mx.array | None, mx.array, float], tuple[mx.array, mx.array]]
+
+
+def add_norm(x: mx.array, y: mx.array | None, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """x + y, and the norm of it. y: what is yet to be added to x, None for nothing."""
+    x = x if y is None else x + y
+    return x, rms_norm(x, weight, eps)
+
+
+def add_norm_of_a_token(x: mx.array, y: mx.array | None, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """The same by one kernel where there is one; it has no derivative."""
+    if y is None or not norm_kernel.usable():
+        return add_norm(x, y, weight, eps)
+    return norm_kernel.add_norm(x, y, weight, eps)
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
@@ -94,7 +111,10 @@ class Recurrent(Protocol):
 
 
 class DecoderLayer:
-    """x + mixer(norm(x)), then x + mlp(norm(x)): what the layers of every family have in common."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)): what the layers of every family have in common.
+
+    Between layers x goes with what is yet to be added to it, y or None, so that sum and norm can be one operation (join).
+    """
 
     mixer: Any  # Attention or Recurrent
     mlp: Any  # [B, T, H] → [B, T, H]
@@ -107,33 +127,44 @@ class DecoderLayer:
     def __call__(self, x: mx.array, cache: KVCache | DeltaCache) -> mx.array:
         """[B, T, H] → [B, T, H]; the cache is brought up to date."""
         if isinstance(cache, DeltaCache):
-            x, cache.conv, cache.state = self.advance(x, cache.conv, cache.state)
-            return x
-        q, k, v, *rest = self.before(x, cache.length)
-        return self.after(x, self.mixer.attend(q, *cache.append(k, v)), *rest)
+            x, y, cache.conv, cache.state = self.advance(x, None, cache.conv, cache.state)
+        else:
+            x, q, k, v, *rest = self.before(x, None, cache.length)
+            x, y = self.after(x, self.mixer.attend(q, *cache.append(k, v)), *rest)
+        return x + y
 
     def advance(
-        self, x: mx.array, conv: tuple[mx.array, ...] | None, state: mx.array | None
-    ) -> tuple[mx.array, tuple[mx.array, ...], mx.array]:
-        """A whole layer with a recurrent mixer."""
-        y, *memory = self.mixer.advance(rms_norm(x, self.input_layernorm, self.eps), conv, state)
-        return self._feed_forward(x + y), *memory
+        self,
+        x: mx.array,
+        y: mx.array | None,
+        conv: tuple[mx.array, ...] | None,
+        state: mx.array | None,
+        join: Join = add_norm,
+    ) -> tuple[mx.array, mx.array, tuple[mx.array, ...], mx.array]:
+        """A whole layer with a recurrent mixer: x, what is yet to be added to it, and the mixer's memory."""
+        x, normed = join(x, y, self.input_layernorm, self.eps)
+        mixed, *memory = self.mixer.advance(normed, conv, state)
+        return *self._feed_forward(x, mixed, join), *memory  # type: ignore[return-value] - two of memory
 
-    def before(self, x: mx.array, start: int | mx.array) -> tuple[mx.array, ...]:
-        """A layer with attention, up to the cache; start: the position of the first token."""
-        return self.mixer.before(rms_norm(x, self.input_layernorm, self.eps), start)
+    def before(
+        self, x: mx.array, y: mx.array | None, start: int | mx.array, join: Join = add_norm
+    ) -> tuple[mx.array, ...]:
+        """A layer with attention, up to the cache: x and what `Attention.before` gives; start: position of the first token."""
+        x, normed = join(x, y, self.input_layernorm, self.eps)
+        return x, *self.mixer.before(normed, start)
 
-    def after(self, x: mx.array, y: mx.array, *rest: mx.array) -> mx.array:
-        """And from there on. x: as `before` got it; y: the heads' output."""
-        return self._feed_forward(x + self.mixer.after(y, *rest))
+    def after(self, x: mx.array, heads: mx.array, *rest: mx.array, join: Join = add_norm) -> tuple[mx.array, mx.array]:
+        """And from there on: x, as `before` gave it, and what is yet to be added to it."""
+        return self._feed_forward(x, self.mixer.after(heads, *rest), join)
 
     def fuse(self) -> None:
         """Join matrices that read one input."""
         self.mixer.fuse()
         self.mlp.fuse()
 
-    def _feed_forward(self, x: mx.array) -> mx.array:
-        return x + self.mlp(rms_norm(x, self.post_attention_layernorm, self.eps))
+    def _feed_forward(self, x: mx.array, y: mx.array, join: Join) -> tuple[mx.array, mx.array]:
+        x, normed = join(x, y, self.post_attention_layernorm, self.eps)
+        return x, self.mlp(normed)
 
 
 class Decoder:
@@ -189,7 +220,10 @@ class Decoder:
         `logits(hidden(tokens, cache))`, by functions that are compiled once."""
         if self._step is None:
             head, norm, eps = self.lm_head, self.norm, self.cfg.rms_norm_eps
-            self._step = Step(self.embed_tokens.rows, self.layers, lambda x: head(rms_norm(x, norm, eps)), cache)
+            join = add_norm_of_a_token
+            self._step = Step(
+                self.embed_tokens.rows, self.layers, lambda x, y: head(join(x, y, norm, eps)[1]), cache, join
+            )
         return self._step(tokens, cache)
 
     @classmethod

@@ -7,19 +7,24 @@ length makes anything compile anew. Keys and values are appended and read betwee
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .backend import compiled, mx
 from .cache import Cache, DeltaCache, KVCache
 
 if TYPE_CHECKING:
-    from .blocks import DecoderLayer
+    from .blocks import DecoderLayer, Join
 
 Memory = list[tuple[tuple[mx.array, ...] | None, mx.array | None]]  # conv, state of each recurrent layer
+Begin = Callable[..., tuple[mx.array, "mx.array | None"]]
+End = Callable[[mx.array, "mx.array | None", mx.array], tuple[mx.array, ...]]
 
 
 class Step:
-    """embed: token ids [B, 1] → [B, 1, H]; logits: [B, 1, H] of the last layer → [B, 1, V].
+    """embed: token ids [B, 1] → [B, 1, H]; logits: x [B, 1, H] and what is yet to be added to it → [B, 1, V].
+
+    join: how layers add and norm.
 
     It holds no model, so that a model which holds it goes when the last reference to it does.
     """
@@ -28,8 +33,9 @@ class Step:
         self,
         embed: Callable[[mx.array], mx.array],
         layers: Sequence[DecoderLayer],
-        logits: Callable[[mx.array], mx.array],
+        logits: Callable[[mx.array, mx.array | None], mx.array],
         cache: Cache,
+        join: Join,
     ) -> None:
         self._attention = [
             layer for layer, entry in zip(layers, cache.layers, strict=True) if isinstance(entry, KVCache)
@@ -40,10 +46,13 @@ class Step:
                 self._recurrent.append([])
             else:
                 self._recurrent[-1].append(layer)
-        begins = [embed, *(layer.after for layer in self._attention)]
-        ends = [*(layer.before for layer in self._attention), lambda x, _: (logits(x),)]
+        after = [partial(layer.after, join=join) for layer in self._attention]
+        before = [partial(layer.before, join=join) for layer in self._attention]
+        begins: list[Begin] = [lambda tokens: (embed(tokens), None), *after]
+        ends: list[End] = [*before, lambda x, y, _: (logits(x, y),)]
         self._stages = [
-            compiled(_stage(begin, group, end)) for begin, group, end in zip(begins, self._recurrent, ends, strict=True)
+            compiled(_stage(begin, group, end, join))
+            for begin, group, end in zip(begins, self._recurrent, ends, strict=True)
         ]
 
     def __call__(self, tokens: mx.array, cache: Cache) -> mx.array:
@@ -54,31 +63,26 @@ class Step:
         x, read = tokens, ()
         for stage, group in zip(self._stages, self._recurrent, strict=True):
             entries = [next(recurrent) for _ in group]
-            x, out, memory = stage(x, read, start, [(e.conv, e.state) for e in entries])
+            (x, *out), memory = stage(x, read, start, [(e.conv, e.state) for e in entries])
             for entry, (conv, state) in zip(entries, memory, strict=True):
                 entry.conv, entry.state = conv, state
             if found := next(attention, None):
                 layer, entry = found
                 q, k, v, *rest = out
                 read = (layer.mixer.attend(q, *entry.append(k, v)), *rest)
-            else:
-                x = out[0]
         cache.length += 1
         return x
 
 
-def _stage(
-    begin: Callable[..., mx.array],
-    group: Sequence[DecoderLayer],
-    end: Callable[[mx.array, mx.array], tuple[mx.array, ...]],
-) -> Callable[..., tuple[mx.array, tuple[mx.array, ...], Memory]]:
-    """begin: of x and what the last reading gave; group: recurrent layers; end: of x and the position, what comes next."""
+def _stage(begin: Begin, group: Sequence[DecoderLayer], end: End, join: Join) -> Callable[..., Any]:
+    """begin: of x and what the last reading gave; group: recurrent layers; end: of x, what is yet to be added to it and the
+    position, what comes next."""
 
     def run(x: mx.array, read: tuple[mx.array, ...], start: mx.array, memory: Memory) -> Any:
-        x, new = begin(x, *read), []
+        (x, y), new = begin(x, *read), []
         for layer, (conv, state) in zip(group, memory, strict=True):
-            x, conv, state = layer.advance(x, conv, state)
+            x, y, conv, state = layer.advance(x, y, conv, state, join)
             new.append((conv, state))
-        return x, end(x, start), new
+        return end(x, y, start), new
 
     return run

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import inference.kernels
+from inference import norm_kernel
 from inference.backend import mx
 from inference.errors import InputError
 from inference.load import load
@@ -99,10 +100,10 @@ class Emulator:
 def emulated(request, monkeypatch, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / f"kernels-{request.param}"
     folder.mkdir(exist_ok=True)
-    for module in (inference.kernels, gptq, token_kernel):
+    for module in (inference.kernels, gptq, norm_kernel, token_kernel):
         monkeypatch.setattr(module, "BACKEND", request.param)
     monkeypatch.setattr(mx.fast, f"{request.param}_kernel", lambda **given: Emulator(folder, **given), raising=False)
-    cached = (inference.kernels.kernel, gptq.by_kernels, token_kernel.usable)
+    cached = (inference.kernels.kernel, gptq.by_kernels, norm_kernel.usable, token_kernel.usable)
     for function in cached:
         function.cache_clear()
     yield request.param
@@ -189,12 +190,14 @@ def test_compiled_kernels_are_named_after_their_text(emulated):
 def test_a_token_by_the_kernel_is_a_token_without(emulated, monkeypatch, tiny):
     """A model decodes the same logits, on one sequence and on two at once."""
     assert token_kernel._fault() is None
+    assert norm_kernel._fault() is None
     ids = mx.array([[11, 7, 5, 3, 2, 300, 40], [9, 8, 7, 6, 5, 4, 3]])
     found = {}
     for setting in ("custom", "plain"):
         monkeypatch.setenv("PUBLISH_KERNELS", setting)
         token_kernel.usable.cache_clear()
-        assert token_kernel.usable() == (setting == "custom")
+        norm_kernel.usable.cache_clear()
+        assert token_kernel.usable() == norm_kernel.usable() == (setting == "custom")
         model = load(tiny)
         cache = model.make_cache()
         model.forward(ids[:, :3], cache)
