@@ -33,6 +33,7 @@ from .recipe import TensorPlan
 from .solve import SOLVERS, nearest_together, solve, solve_together
 
 MOST_JOBS = 8  # unless asked for more: by then a disk is slower
+CHECK_BYTES = 512 << 10  # of the source, hashed and looked at while a core's cache holds them
 EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00}  # all ones: infinite or not a number
 
 
@@ -246,10 +247,15 @@ class Pass:
         """Hash a band of the source; refuse values that are not finite. On the checker's thread, in order."""
         if first:
             self.source_hasher = blake3()
-        values = raw.result()
-        self.source_hasher.update(_bytes(values))
-        if not _finite(values, target.source.dtype):
-            raise CheckpointError(f"{target.source.file.name}: {target.source.name} holds values that are not finite")
+        values = np.ascontiguousarray(raw.result()).reshape(-1)
+        step = CHECK_BYTES // values.itemsize
+        for begin in range(0, values.size, step):
+            block = values[begin : begin + step]
+            self.source_hasher.update(block.data.cast("B"))
+            if not _finite(block, target.source.dtype):
+                raise CheckpointError(
+                    f"{target.source.file.name}: {target.source.name} holds values that are not finite"
+                )
         return self.source_hasher.hexdigest() if last else ""
 
     def _prepare(
