@@ -4,9 +4,9 @@
 
 Makes a checkpoint of Qwen3.5-9B's shapes in WORK/base (`make_checkpoint.py --repeat`; kept, and used again if its layers
 are as many) and measures (a) writing and reading at WORK, (b) `mx.quantize` for each format on the device, and on a CPU
-`quant.nearest` for all of them together, (c) sha256 on one core. Then (d) it builds six `unsloth` variants in one pass in
-a process of its own, rounding to nearest. A limit's time is what the build would take if nothing else took any; its
-share is that over the build's wall time. The share of the largest is how much of this machine a build uses.
+`quant.nearest` for all of them together, (c) sha256 and BLAKE3 on one core. Then (d) it builds six `unsloth` variants in
+one pass in a process of its own, rounding to nearest. A limit's time is what the build would take if nothing else took
+any; its share is that over the build's wall time. The share of the largest is how much of this machine a build uses.
 
 --discard: each output file is cut to nothing once it is complete and hashed, so that the disk need hold the base and
 what is being written; files are 1 GB then. Or choose a WORK in memory (/dev/shm). The results say which it was. Needs
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from inference.backend import BACKEND, device_info, mx, peak_memory
 from inference.checkpoint import ITEMSIZE, count, read_checkpoint
@@ -71,7 +72,7 @@ def main() -> None:
         sys.stdout.write("\n" + json.dumps(build(args.work, bits, args.jobs, args.discard)) + "\n")
         return
     base_s = make_base(args.work / "base", args.layers)
-    rates = {**disk_rates(args.work), "sha256_gb_s": sha256_rate(), "quantize_gb_s": quantize_rates(bits)}
+    rates = {**disk_rates(args.work), **hash_rates(), "quantize_gb_s": quantize_rates(bits)}
     if BACKEND == "cpu":
         rates["nearest_together_gb_s"] = together_rate(bits)
     load = os.getloadavg()[0]
@@ -128,9 +129,13 @@ def disk_rates(work: Path) -> dict[str, float]:
     return {"write_gb_s": round(nbytes / written / 1e9, 3), "read_gb_s": round(nbytes / read / 1e9, 3)}
 
 
-def sha256_rate() -> float:
+def hash_rates() -> dict[str, float]:
+    """GB/s on one thread: of files, and of tensors."""
     block = bytes(BLOCK)
-    return rate(lambda: hashlib.sha256(block).digest(), BLOCK)
+    return {
+        "sha256_gb_s": rate(lambda: hashlib.sha256(block).digest(), BLOCK),
+        "blake3_gb_s": rate(lambda: blake3(block).digest(), BLOCK),
+    }
 
 
 def quantize_rates(bits: list[int]) -> dict[str, float]:
@@ -185,7 +190,7 @@ def build(work: Path, bits: list[int], jobs: int, discard: bool) -> dict[str, An
     read, written = done[0].bytes_read, sum(d.bytes_written for d in done)
     return {
         "wall_s": round(wall, 2), "cpu_s": round(cpu_s() - cpu, 2), "bytes_read": read, "bytes_written": written,
-        "bytes_hashed": read + hashed + written, "bf16_bytes_quantized": quantized,
+        "tensor_bytes_hashed": read + hashed, "bf16_bytes_quantized": quantized,
         "peak_host_gb": round(peak_host() / 1e9, 3),
         "peak_device_gb": round(peak_memory() / 1e9, 3),
     }  # fmt: skip
@@ -233,8 +238,9 @@ def limits(rates: dict[str, Any], done: dict[str, Any], jobs: int) -> dict[str, 
     least = {
         "read": done["bytes_read"] / 1e9 / rates["read_gb_s"],
         "write": done["bytes_written"] / 1e9 / rates["write_gb_s"],
-        "sha256 of the source, 1 core": done["bytes_read"] / 1e9 / rates["sha256_gb_s"],
-        "sha256 of all, all cores": done["bytes_hashed"] / 1e9 / rates["sha256_gb_s"] / cores,
+        "BLAKE3 of the source, 1 core": done["bytes_read"] / 1e9 / rates["blake3_gb_s"],
+        "BLAKE3 of tensors, all cores": done["tensor_bytes_hashed"] / 1e9 / rates["blake3_gb_s"] / cores,
+        "sha256 of files, all cores": done["bytes_written"] / 1e9 / rates["sha256_gb_s"] / cores,
     }
     if BACKEND == "cpu":
         threads, nbytes = min(jobs, cores), sum(done["bf16_bytes_quantized"].values())

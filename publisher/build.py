@@ -383,7 +383,7 @@ def _manifest(project: Project, rung: Rung, inputs: BuildInputs, exponents: Expo
         nbytes=plan.nbytes,
         text_nbytes=plan.text_nbytes,
         files=[FileEntry(path=p, size=s, sha256=h) for p, s, h in done.files],
-        tensors=[TensorEntry(name=n, dtype=d, shape=list(s), sha256=h) for n, d, s, h in done.tensors],
+        tensors=[TensorEntry(name=n, dtype=d, shape=list(s), blake3=h) for n, d, s, h in done.tensors],
         allocation=plan.sized.allocation if plan.sized else None,
         awq_exponents=_by_group(exponents),
         calibration=_calibration(project, inputs.statistics),

@@ -113,8 +113,8 @@ def _tensor(manifest: Manifest, made: Manifest) -> str:
             return f"{want.name} was not built again"
         if (have.dtype, have.shape) != (want.dtype, want.shape):
             return f"{want.name} became {have.dtype} {have.shape}, manifest says {want.dtype} {want.shape}"
-        if have.sha256 != want.sha256:
-            return f"{want.name} is the first that differs: sha256 {have.sha256[:12]}, manifest says {want.sha256[:12]}"
+        if have.blake3 != want.blake3:
+            return f"{want.name} is the first that differs: BLAKE3 {have.blake3[:12]}, manifest says {want.blake3[:12]}"
     return f"{min(ours)} is not in the manifest" if ours else ""
 
 

@@ -22,6 +22,7 @@ Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 VariantId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 HubId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+$", max_length=96)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Blake3 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class File(BaseModel):
@@ -383,7 +384,7 @@ class BaseInput(File):
 
     name: str
     commit: str | None
-    source_hash: str  # sha256 over the sorted (target name, sha256 of its source bytes) of the tensors used
+    source_hash: str  # sha256 over the sorted (target name, BLAKE3 of its source bytes) of the tensors used
     files_hash: str  # over config.json and the files that are copied: tokenizer, template, processor, licence
 
 
@@ -470,7 +471,7 @@ class TensorEntry(File):
     name: str
     dtype: str
     shape: list[int]
-    sha256: Sha256
+    blake3: Blake3  # of its bytes
 
 
 class CalibrationText(File):
@@ -492,7 +493,7 @@ class CalibrationInput(File):
 class Manifest(File):
     """What a variant's folder holds. Lists every file but README.md and itself; holds no clock and no host."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2  # 2: tensors and source by BLAKE3, and so other `weights_hash` and `source_hash`
     tool: str  # "mlx-publish 0.1.0"
     id: str
     inputs: BuildInputs
@@ -511,7 +512,7 @@ class Manifest(File):
 class BaseCache(File):
     """out/base.json: content hashes of the base, valid while size and time of its files stay. Never an input itself."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2  # as of Manifest
     files: dict[str, list[int]]  # name → [bytes, mtime in ns]
     hashes: dict[str, str]  # hash of the set of target names → source hash
 
@@ -792,7 +793,7 @@ class Release(File):
 class History(File):
     """out/history/<ID>.json: what was released of a variant, oldest first."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2  # as of Manifest
     id: str
     releases: list[Release]
 
@@ -820,7 +821,7 @@ class ProvenanceImatrix(File):
 class Provenance(File):
     """out/<ID>/provenance/lock.json: what the rules of the variants.yaml beside it were applied to, and by what."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2  # as of Manifest
     id: str
     weights_hash: Sha256
     tool: str

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from inference.checkpoint import (
     INDEX,
     CheckpointError,
@@ -33,7 +35,7 @@ from .prune import Pruned, described
 from .schema import Check, Manifest
 
 READ_BYTES = 8 << 20
-HASHERS = 4  # threads; one hashes about 1 GB/s, twice over
+HASHERS = 4  # threads; one hashes about 1 GB/s: sha256 of the file, and BLAKE3 of its tensors
 PARTS = (".weight", ".scales", ".biases")
 SIGNATURE = "model.sig"  # `publisher.signing`
 PROVENANCE = re.compile(  # `publisher.provenance`
@@ -61,7 +63,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _hash(path: Path, tensors: Sequence[TensorInfo]) -> tuple[str, dict[str, str]]:
-    """(sha256 of the file, sha256 by tensor). tensors: in file order, as read_header gives them."""
+    """(sha256 of the file, BLAKE3 by tensor). tensors: in file order, as read_header gives them."""
     key = (str(path), file_key(path))
     known = _hashes.get(key)
     if known and all(t.name in known[1] for t in tensors):
@@ -72,7 +74,7 @@ def _hash(path: Path, tensors: Sequence[TensorInfo]) -> tuple[str, dict[str, str
         for t in [*tensors, None]:
             position += _feed(f, (t.start if t else key[1][0]) - position, whole)
             if t:
-                own = hashlib.sha256()
+                own = blake3()
                 position += _feed(f, t.nbytes, whole, own)
                 parts[t.name] = own.hexdigest()
         _feed(f, 1 << 62, whole)  # should it have grown meanwhile
@@ -125,7 +127,7 @@ def verify_folder(folder: Path, manifest: Manifest, pruned: Pruned | None = None
     except CheckpointError as e:
         checks.append(check_of("config", str(e)))
     found = {t.name: t for tensors in shards.values() for t in tensors}
-    hashes = {name: sha for path, tensors in shards.items() for name, sha in _hash(path, tensors)[1].items()}
+    hashes = {name: own for path, tensors in shards.items() for name, own in _hash(path, tensors)[1].items()}
     unread = 0
     if pruned:
         detail = f"pruned: {len(gone)} files, proven to be in {pruned.where}; publish build brings them back"
@@ -134,7 +136,7 @@ def verify_folder(folder: Path, manifest: Manifest, pruned: Pruned | None = None
             missing = {n: t for n, t in described(folder, manifest).tensors.items() if t.file.name in gone}
             found = {**missing, **found}
             unread = len(missing.keys() - hashes.keys())
-            hashes = {t.name: t.sha256 for t in manifest.tensors if t.name in missing} | hashes
+            hashes = {t.name: t.blake3 for t in manifest.tensors if t.name in missing} | hashes
     fault = _tensors(manifest, found, hashes)
     few = f"{len(hashes) - unread} of " if unread else ""
     checks.append(checked("tensors", fault, f"{few}{len(manifest.tensors)} tensors, bytes as in the manifest"))
@@ -272,8 +274,8 @@ def _tensors(manifest: Manifest, found: dict[str, TensorInfo], hashes: dict[str,
         want, have = listed[name], found[name]
         if (want.dtype, want.shape) != (have.dtype, list(have.shape)):
             return f"{name} is {have.dtype} {list(have.shape)}, not {want.dtype} {want.shape}"
-        if want.sha256 != hashes[name]:
-            return f"{name} has sha256 {hashes[name][:12]}, manifest says {want.sha256[:12]}"
+        if want.blake3 != hashes[name]:
+            return f"{name} has BLAKE3 {hashes[name][:12]}, manifest says {want.blake3[:12]}"
     return ""
 
 

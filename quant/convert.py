@@ -61,8 +61,8 @@ CACHE_BYTES = 256 << 20  # freed buffers that MLX may keep
 class Converted:
     """A finished variant in `folder` (staging/files), to be moved by `quant.folder.finish`.
 
-    files: (name, bytes, sha256), sorted. tensors: (name, dtype, shape, sha256) in file order. source_hash: over the
-    sorted (target, sha256 of its source bytes). bytes_read, bytes_written, resumed: of this run, in which `resumed`
+    files: (name, bytes, sha256), sorted. tensors: (name, dtype, shape, BLAKE3) in file order. source_hash: over the
+    sorted (target, BLAKE3 of its source bytes). bytes_read, bytes_written, resumed: of this run, in which `resumed`
     weights were kept from an earlier one; bytes_read is the whole ladder's.
     """
 
@@ -149,8 +149,8 @@ def _finish(lane: Lane, sides: Sequence[Path], bytes_read: int, started: float) 
     tensors: list[tuple[str, str, tuple[int, ...], str]] = []
     indexed: list[tuple[Stored, str]] = []
     for group, record in zip(lane.layout.groups, lane.writer.records, strict=True):
-        for stored, sha in zip(group, record.sha256, strict=True):
-            tensors.append((stored.name, stored.dtype, stored.shape, sha))
+        for stored, found in zip(group, record.blake3, strict=True):
+            tensors.append((stored.name, stored.dtype, stored.shape, found))
             if shards[stored.shard].name != MTP_FILE:
                 indexed.append((stored, shards[stored.shard].name))
     params = sum(

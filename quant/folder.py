@@ -88,9 +88,9 @@ def index_json(tensors: Sequence[tuple[Stored, str]], params: int) -> dict[str, 
 
 
 def weights_hash(tensors: Iterable[tuple[str, str, Sequence[int], str]], quantization: Mapping[str, Any] | None) -> str:
-    """sha256 of the values that a variant computes with: every stored tensor's name, dtype, shape and bytes, and how to
-    read them. Independent of sharding, of the card and of side files."""
-    rows = sorted([name, dtype, list(shape), sha] for name, dtype, shape, sha in tensors)
+    """sha256 of the values that a variant computes with: every stored tensor's name, dtype, shape and bytes (by BLAKE3),
+    and how to read them. Independent of sharding, of the card and of side files."""
+    rows = sorted([name, dtype, list(shape), blake3] for name, dtype, shape, blake3 in tensors)
     return hashlib.sha256(canonical({"tensors": rows, "quantization": quantization})).hexdigest()
 
 

@@ -17,7 +17,10 @@ from threading import local
 
 import numpy as np
 
-BLOCK = 1 << 17  # values: 512 KiB in float32, so that a block and its quotients stay in a core's cache
+# values: between two operations on a block, threads wait for the interpreter. With two of them a quarter of this, which a
+# second-level cache holds, takes 1.6 times as long, and twice as much no less
+BLOCK = 1 << 19
+TILE = 256  # groups transposed at once: 32 KiB, a first-level cache
 EPSILON = np.float32(1e-7)  # least scale; mx.quantize's
 HALF_WORD = 16  # bits
 LIMIT = np.float32(1e30)  # from here on edge / scale may exceed float32
@@ -52,19 +55,16 @@ class _Work:
     """Buffers for one block."""
 
     def __init__(self) -> None:
-        self.pairs = np.empty(BLOCK // 2, np.uint32)
-        self.values = np.empty(BLOCK, np.float32)
         self.distance = np.empty(BLOCK, np.float32)
         self.quotient = np.empty(BLOCK, np.float32)
         self.codes = np.empty(BLOCK, np.uint16)
-        self.high = np.empty(BLOCK // 2, np.uint16)
 
 
 _THREAD = local()
 
 
 def _work() -> _Work:
-    """This thread's buffers (2.4 MiB), kept: fresh pages cost as much as the arithmetic on them."""
+    """This thread's buffers (5 MiB), kept: fresh pages cost as much as the arithmetic on them."""
     if not hasattr(_THREAD, "work"):
         _THREAD.work = _Work()
     return _THREAD.work
@@ -73,14 +73,14 @@ def _work() -> _Work:
 def _block(pairs: np.ndarray, work: _Work, widths: Sequence[int], out: Sequence[tuple[np.ndarray, ...]]) -> bool:
     """Quantize groups [G, group/2] of pairs into `out`. False, if a value is too large.
 
-    Row r of what follows holds value 2r of every group for r < group/2, then value 2(r - group/2) + 1.
+    Row r of what follows holds value 2r of every group for r < group/2, then value 2(r - group/2) + 1. Buffers serve twice:
+    values become distances, and where quotients stand is room before they are computed and once codes are made of them.
     """
     groups, half = pairs.shape
-    shape = (2 * half, groups)
-    columns = _view(work.pairs, (half, groups))
-    np.copyto(columns, pairs.T)
-    values, distance, quotient = (_view(a, shape) for a in (work.values, work.distance, work.quotient))
-    codes = _view(work.codes, shape)
+    distance, quotient, codes = (_view(a, (2 * half, groups)) for a in (work.distance, work.quotient, work.codes))
+    values, columns = distance, quotient.view(np.uint32)[:half]
+    for start in range(0, groups, TILE):
+        np.copyto(columns[:, start : start + TILE], pairs[start : start + TILE].T)
     bits = values.view(np.uint32)  # bfloat16 is the upper half of float32
     np.left_shift(columns, 16, out=bits[:half])
     np.bitwise_and(columns, np.uint32(0xFFFF0000), out=bits[half:])
@@ -90,57 +90,70 @@ def _block(pairs: np.ndarray, work: _Work, widths: Sequence[int], out: Sequence[
     if not np.abs(edge).max() < LIMIT:
         return False
     np.subtract(values, edge, out=distance)
-    sign = np.where(below, np.float32(1), np.float32(-1))
-    edge_bits = _upper(edge.view(np.uint32))  # it is one of the values
-    for width, (packed, scales, biases) in zip(widths, out, strict=True):
-        most = (1 << width) - 1
-        scale = np.maximum(span / np.float32(most), EPSILON)
-        scale *= sign
-        steps = np.rint(edge / scale)
-        zero = steps == 0
-        if zero.any():
-            # Without a step to the edge the bias is 0; all values are within half of a scale then, so every code is 0.
-            exact = edge / np.where(zero, np.float32(1), steps)
-            stored, bias_bits = np.where(zero, scale, exact), np.where(zero, np.uint16(0), edge_bits)
-            exact[zero] = np.inf
-        else:
-            stored = exact = edge / steps
-            bias_bits = edge_bits
-        np.divide(distance, exact, out=quotient)  # 0 to most + 1: never negative
+    stored, exact, biases = _scales(edge, span, below, widths)
+    scratch = quotient.view(np.uint16).reshape(-1, groups)
+    for i, (width, (packed, scale, bias)) in enumerate(zip(widths, out, strict=True)):
+        np.divide(distance, exact[i], out=quotient)  # 0 to most + 1: never negative
         np.rint(quotient, out=quotient)
         np.copyto(codes, quotient, casting="unsafe")
-        np.minimum(codes, np.full(groups, most, np.uint16), out=codes)
-        np.copyto(packed.view(np.uint16), _pack(codes, width, _view(work.high, (half, groups))).T)
-        scales[:] = _bfloat16(stored)
-        biases[:] = bias_bits
+        np.minimum(codes, np.full(groups, (1 << width) - 1, np.uint16), out=codes)
+        np.copyto(packed.view(np.uint16), _pack(codes, width, scratch).T)
+        scale[:], bias[:] = stored[i], biases[i]
     return True
+
+
+def _scales(edge: np.ndarray, span: np.ndarray, below: np.ndarray, widths: Sequence[int]) -> Arrays:
+    """Scales as they are stored, the float32 that distances are divided by, and biases, each [widths, G].
+
+    edge: the value of largest magnitude of each group; below: where it is the lowest one.
+    """
+    most = np.array([[(1 << width) - 1] for width in widths], np.float32)
+    scale = np.maximum(span / most, EPSILON)
+    scale *= np.where(below, np.float32(1), np.float32(-1))
+    steps = np.rint(edge / scale)
+    biases = np.broadcast_to(_upper(edge.view(np.uint32)), steps.shape)  # the edge is one of the values
+    zero = steps == 0
+    if not zero.any():
+        exact = edge / steps
+        return _bfloat16(exact), exact, biases
+    # Without a step to the edge the bias is 0; all values are within half of a scale then, so every code is 0.
+    exact = edge / np.where(zero, np.float32(1), steps)
+    stored = _bfloat16(np.where(zero, scale, exact))
+    exact[zero] = np.inf
+    return stored, exact, np.where(zero, np.uint16(0), biases)
 
 
 def _view(buffer: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return buffer[: shape[0] * shape[1]].reshape(shape)
 
 
-def _pack(codes: np.ndarray, width: int, high: np.ndarray) -> np.ndarray:
+def _pack(codes: np.ndarray, width: int, scratch: np.ndarray) -> np.ndarray:
     """Codes uint16 [group, G], even values first → [group·width/16, G] uint16: a column is one bit stream, least
-    significant bit first. Overwrites codes. (A product shifts left: numpy vectorizes it, and not the shift.)"""
-    even, odd = np.split(codes, 2)
-    np.multiply(odd, np.uint16(1 << width), out=high)
-    np.bitwise_or(even, high, out=even)
-    fields, size = even, 2 * width
+    significant bit first. Overwrites codes and scratch, uint16 of at least [group, G]; the result lies in one of them.
+    (A product shifts left: numpy vectorizes it, and not the shift.)"""
+
+    def joined(low: np.ndarray, high: np.ndarray, shift: int, out: np.ndarray) -> np.ndarray:
+        shifted = np.multiply(high, np.uint16(1 << shift), out=scratch[: len(high)])
+        return np.bitwise_or(low, shifted, out=out)
+
+    half = len(codes) // 2
+    fields, size, used = joined(codes[:half], codes[half:], width, codes[:half]), 2 * width, half
     while 2 * size <= HALF_WORD:
-        fields, size = fields[0::2] | fields[1::2] * np.uint16(1 << size), 2 * size
+        half = len(fields) // 2
+        fields = joined(fields[0::2], fields[1::2], size, scratch[used : used + half])
+        size, used = 2 * size, used + half
     if size == HALF_WORD:
         return fields
     period = HALF_WORD // gcd(size, HALF_WORD)  # so many fields fill whole half words
     per = period * size // HALF_WORD
-    out = np.empty((len(fields) * size // HALF_WORD, fields.shape[1]), np.uint16)
+    out = scratch[used : used + len(fields) * size // HALF_WORD]
     for i in range(period):
         word, shift = divmod(i * size, HALF_WORD)
         field = fields[i::period]
         if shift == 0:
             out[word::per] = field
         else:
-            out[word::per] |= field * np.uint16(1 << shift)
+            joined(out[word::per], field, shift, out[word::per])
         if shift + size > HALF_WORD:
             np.right_shift(field, np.uint16(HALF_WORD - shift), out=out[word + 1 :: per])
     return out
@@ -158,4 +171,4 @@ def _bfloat16(x: np.ndarray) -> np.ndarray:
 
 def _upper(words: np.ndarray) -> np.ndarray:
     """The upper half of each uint32."""
-    return words.view(np.uint16)[1::2]
+    return words.view(np.uint16)[..., 1::2]

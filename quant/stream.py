@@ -7,7 +7,6 @@ on timing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import deque
@@ -18,6 +17,7 @@ from threading import local
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from inference.backend import BACKEND, mx
 from inference.checkpoint import ITEMSIZE, row_bands
@@ -33,6 +33,7 @@ from .recipe import TensorPlan
 from .solve import SOLVERS, nearest_together, solve, solve_together
 
 MOST_JOBS = 8  # unless asked for more: by then a disk is slower
+CHECK_BYTES = 512 << 10  # of the source, hashed and looked at while a core's cache holds them
 EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00}  # all ones: infinite or not a number
 
 
@@ -73,20 +74,20 @@ class _Product:
     def __init__(self, key: Key, plan: TensorPlan, fold: Fold | None, moments: MomentSource | None) -> None:
         self.key, self.plan, self.fold, self.moments = key, plan, fold, moments
         self.lanes: list[Lane] = []
-        self.sha = [hashlib.sha256() for _ in plan.stored()]
+        self.hashers = [blake3() for _ in plan.stored()]
         self.rest: list[list[memoryview]] = [[] for _ in plan.stored()[1:]]  # bands of scales, of biases
 
     def hash(self, parts: list[list[memoryview]]) -> tuple[str, ...]:
         """Take in the next bytes of each stored tensor; returns the hashes so far."""
-        for sha, pieces in zip(self.sha, parts, strict=False):
+        for hasher, pieces in zip(self.hashers, parts, strict=False):
             for piece in pieces:
-                sha.update(piece)
-        return tuple(h.hexdigest() for h in self.sha)
+                hasher.update(piece)
+        return tuple(h.hexdigest() for h in self.hashers)
 
 
 @dataclass
 class _Band:
-    """Rows [start, stop) of a target in flight; `source` of the last one is the sha256 of the target's source bytes.
+    """Rows [start, stop) of a target in flight; `source` of the last one is BLAKE3 of the target's source bytes.
 
     solved: products that were solved in one task, with the bytes of each (as `_solve` returns them).
     """
@@ -113,7 +114,7 @@ class Pass:
         self.solvers = ThreadPoolExecutor(jobs if BACKEND == "cpu" else 1, "solve", self._own_stream)
         self.hashers = [ThreadPoolExecutor(1, f"hash{i}") for i in range(2)]
         self.writers = {id(lane): ThreadPoolExecutor(1, f"write-{lane.job.variant}") for lane in lanes}
-        self.source_sha: Any = None
+        self.source_hasher: Any = None
         self.read = 0
 
     def _own_stream(self) -> None:
@@ -174,7 +175,7 @@ class Pass:
         return self.read
 
     def _kept_sources(self) -> dict[str, str]:
-        """sha256 of the source by target, as the journals have it. Raises SourceChanged if two of them differ."""
+        """BLAKE3 of the source by target, as the journals have it. Raises SourceChanged if two of them differ."""
         kept: dict[str, str] = {}
         for lane in self.lanes:
             for record in lane.writer.records:
@@ -245,12 +246,17 @@ class Pass:
     def _check(self, raw: Future[np.ndarray], target: Target, first: bool, last: bool) -> str:
         """Hash a band of the source; refuse values that are not finite. On the checker's thread, in order."""
         if first:
-            self.source_sha = hashlib.sha256()
-        values = raw.result()
-        self.source_sha.update(_bytes(values))
-        if not _finite(values, target.source.dtype):
-            raise CheckpointError(f"{target.source.file.name}: {target.source.name} holds values that are not finite")
-        return self.source_sha.hexdigest() if last else ""
+            self.source_hasher = blake3()
+        values = np.ascontiguousarray(raw.result()).reshape(-1)
+        step = CHECK_BYTES // values.itemsize
+        for begin in range(0, values.size, step):
+            block = values[begin : begin + step]
+            self.source_hasher.update(block.data.cast("B"))
+            if not _finite(block, target.source.dtype):
+                raise CheckpointError(
+                    f"{target.source.file.name}: {target.source.name} holds values that are not finite"
+                )
+        return self.source_hasher.hexdigest() if last else ""
 
     def _prepare(
         self, raw: Future[np.ndarray], target: Target, fold: Fold | None, start: int, stop: int, unrounded: bool

@@ -177,7 +177,7 @@ def build(project: Project, id: str, base_folder: Path, imatrix: ImatrixInput | 
             FileEntry(path=p.name, size=p.stat().st_size, sha256=sha256(f"{id} {p.name}".encode()).hexdigest())
             for p in files
         ],
-        tensors=[TensorEntry(name=n, dtype=d, shape=list(s), sha256=h) for n, d, s, h in tensors],
+        tensors=[TensorEntry(name=n, dtype=d, shape=list(s), blake3=h) for n, d, s, h in tensors],
     )  # fmt: skip
     write_model(project.store.manifest(id), manifest)
     record = BuildRecord(

@@ -49,7 +49,7 @@ LIBRARIES = {
     "starlette": ("publisher/localhub",),
     "uvicorn": ("publisher/localhub",),
     "lz4": ("publisher/localhub/xet_format.py",),
-    "blake3": ("publisher/localhub/xet_format.py",),
+    "blake3": ("quant", "publisher/verify.py", "publisher/localhub/xet_format.py"),
     "markdown_it": ("publisher/localhub/pages_card.py", "publisher/card_links.py"),
     "mdit_py_plugins": ("publisher/localhub/pages_card.py", "publisher/card_links.py"),
     "nh3": ("publisher/localhub/pages_card.py",),

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from engine_checkpoints import write_moe
 from mlx_lm.utils import load_model
 from quant_jobs import BAND, TINY_IMATRIX, contents, job, ladder, load_tensors
@@ -141,8 +142,8 @@ def test_a_ladder_computes_what_variants_share_once_and_reads_the_source_once(ti
     assert set(read.values()) == {1}
     assert done[0].bytes_read == sum(t.nbytes for t in read_checkpoint(tiny).tensors.values())
     for lane in done:
-        for name, _, _, sha in lane.tensors[:20] + lane.tensors[-20:]:
-            assert hashlib.sha256(read_checkpoint(lane.folder).tensors[name].read()).hexdigest() == sha
+        for name, _, _, digest in lane.tensors[:20] + lane.tensors[-20:]:
+            assert blake3(read_checkpoint(lane.folder).tensors[name].read()).hexdigest() == digest
 
 
 def fold_of(j, plan):
@@ -276,9 +277,9 @@ def test_files_index_and_hashes_are_true(tiny, built):
         "total_parameters": params,
     }
     assert list(index["weight_map"]) == sorted(checkpoint.tensors)
-    for name, dtype, shape, sha in built.tensors:
+    for name, dtype, shape, digest in built.tensors:
         t = checkpoint.tensors[name]
-        assert (t.dtype, t.shape, hashlib.sha256(t.read()).hexdigest()) == (dtype, shape, sha)
+        assert (t.dtype, t.shape, blake3(t.read()).hexdigest()) == (dtype, shape, digest)
     assert len(built.tensors) == len(checkpoint.tensors)
     assert built.weights_hash == weights_hash(reversed(built.tensors), checkpoint.config["quantization"])
     assert built.source_hash == source_hash_of(p.target for p in job(tiny, built.folder).plans)

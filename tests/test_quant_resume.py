@@ -82,7 +82,7 @@ def test_one_finished_variant_does_not_hold_up_another(tiny, tmp_path, undisturb
     assert done[0].bytes_written == 0 < done[1].bytes_written
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "grow", "journal", "line", "header", "gone", "stale"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "grow", "journal", "line", "older", "header", "gone", "stale"])
 def test_whatever_was_damaged_meanwhile_is_made_again(tiny, half, undisturbed, harm):
     staging = half / "4bit"
     weights, journal = staging / "files/model.safetensors", staging / "journal.jsonl"
@@ -98,6 +98,8 @@ def test_whatever_was_damaged_meanwhile_is_made_again(tiny, half, undisturbed, h
         journal.write_bytes(journal.read_bytes()[:-30])
     elif harm == "line":
         journal.write_bytes(journal.read_bytes() + b"not json\n")
+    elif harm == "older":  # as builds before BLAKE3 wrote it
+        journal.write_bytes(journal.read_bytes().replace(b'"blake3":', b'"sha256":'))
     elif harm == "header":
         data[20] ^= 1
         weights.write_bytes(data)

@@ -6,10 +6,10 @@ import fcntl
 import json
 import re
 import shutil
-from hashlib import sha256
 
 import pytest
 import test_solve_build as solved
+from blake3 import blake3
 from conftest import EXAMPLE, write_ladder
 from huggingface_hub import HfApi
 
@@ -109,13 +109,13 @@ def test_weights_that_the_recipe_does_not_give_are_found_by_their_first_tensor(l
     data = bytearray(path.read_bytes())
     data[victim.start] ^= 1
     path.write_bytes(data)
-    sha = sha256(data[victim.start : victim.start + victim.nbytes]).hexdigest()
-    entries = [t if t.name != victim.name else TensorEntry(**{**t.model_dump(), "sha256": sha}) for t in found.tensors]
+    own = blake3(data[victim.start : victim.start + victim.nbytes]).hexdigest()
+    entries = [t if t.name != victim.name else TensorEntry(**{**t.model_dump(), "blake3": own}) for t in found.tensors]
     files = [
         f if f.path != path.name else FileEntry(path=f.path, size=f.size, sha256=sha256_file(path)) for f in found.files
     ]
     config = json.loads((folder / "config.json").read_text())
-    hashed = weights_hash([(t.name, t.dtype, t.shape, t.sha256) for t in entries], config["quantization"])
+    hashed = weights_hash([(t.name, t.dtype, t.shape, t.blake3) for t in entries], config["quantization"])
     forged = found.model_copy(update={"tensors": entries, "files": files, "weights_hash": hashed})
     write_model(folder / "manifest.json", forged)
     project = load_project(ladder / "variants.yaml")
@@ -123,7 +123,7 @@ def test_weights_that_the_recipe_does_not_give_are_found_by_their_first_tensor(l
     publish("verify", ID, cwd=ladder).ok()
 
     told = publish("verify", ID, "--rebuild", cwd=ladder).refused(1)
-    assert f"rebuilt tensors: {victim.name} is the first that differs: sha256 " in told
+    assert f"rebuilt tensors: {victim.name} is the first that differs: BLAKE3 " in told
     assert "rebuilt weights: built again: " in told
     assert "rebuilt files: model.safetensors: sha256 " in told
     assert not left_behind(ladder)

@@ -15,11 +15,11 @@ from publisher.cli import main
 # libraries that take 20 ms or more to import, or that have no business in most commands
 SLOW = (
     "mlx", "numpy", "matplotlib", "huggingface_hub", "httpx2", "tokenizers", "starlette", "uvicorn", "pydantic", "yaml",
-    "jinja2", "gguf", "safetensors", "rich", "markdown_it", "nh3", "lz4", "blake3", "cryptography", "model_signing",
+    "jinja2", "gguf", "safetensors", "rich", "markdown_it", "nh3", "lz4", "cryptography", "model_signing",
 )  # fmt: skip
 FILES = {"pydantic", "yaml"}  # read variants.yaml and the results
 CARDS = FILES | {"jinja2"}
-SERVER = {"starlette", "uvicorn", "yaml", "jinja2", "markdown_it", "nh3", "lz4", "blake3"}
+SERVER = {"starlette", "uvicorn", "yaml", "jinja2", "markdown_it", "nh3", "lz4"}
 HUB = {"huggingface_hub", "httpx2"}
 
 # what a command may import of SLOW, in a built ladder; `{other}` is another folder. "refused": before it gets to its work

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from variant_folder import pack, quantization, seal, write_config, write_safetensors
 
 from inference.checkpoint import read_header
@@ -49,7 +49,7 @@ def rewrite(project, change, config=None):
     seal(
         project,
         "Q4",
-        [(n, d, list(a.shape), hashlib.sha256(a.tobytes()).hexdigest()) for n, (_, d, a) in values.items()],
+        [(n, d, list(a.shape), blake3(a.tobytes()).hexdigest()) for n, (_, d, a) in values.items()],
     )
     return folder
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from publisher.schema import (
     BuildInputs,
@@ -119,7 +120,7 @@ def make_variant(project: Project, id: str = "Q4", seed: int = 0, shards: int = 
     (folder / "tokenizer.json").write_text('{"version": "1.0"}\n')
     (folder / "LICENSE").write_text("Apache License\n")
     (folder / "README.md").write_text(CARD.format(id=id))
-    rows = [(n, d, list(a.shape), hashlib.sha256(a.tobytes()).hexdigest()) for n, (d, a) in values.items()]
+    rows = [(n, d, list(a.shape), blake3(a.tobytes()).hexdigest()) for n, (d, a) in values.items()]
     manifest = seal(project, id, rows)
     if smoke:
         write_smoke(project, id, manifest.weights_hash)
@@ -135,7 +136,7 @@ def seal(project: Project, id: str, rows: list[tuple[str, str, list[int], str]] 
     folder = project.store.variant(id)
     if rows is None:
         old = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
-        rows = [(t.name, t.dtype, t.shape, t.sha256) for t in old.tensors]
+        rows = [(t.name, t.dtype, t.shape, t.blake3) for t in old.tensors]
     config = json.loads((folder / "config.json").read_text())
     files = [
         FileEntry(path=p.name, size=p.stat().st_size, sha256=sha256_file(p))
@@ -150,7 +151,7 @@ def seal(project: Project, id: str, rows: list[tuple[str, str, list[int], str]] 
     manifest = Manifest(
         tool="mlx-publish 0", id=id, inputs=BuildInputs.model_validate(inputs),
         weights_hash=weights_hash(rows, config.get("quantization")), params=1, text_params=1, nbytes=1, text_nbytes=1,
-        files=files, tensors=[TensorEntry(name=n, dtype=d, shape=s, sha256=h) for n, d, s, h in rows],
+        files=files, tensors=[TensorEntry(name=n, dtype=d, shape=s, blake3=h) for n, d, s, h in rows],
     )  # fmt: skip
     write_model(folder / "manifest.json", manifest)
     return manifest
