@@ -30,10 +30,8 @@ import numpy as np
 
 from inference.backend import device_info, mx, peak_memory, reset_peak_memory
 from inference.checkpoint import QuantSpec, read_checkpoint
-from inference.divergence import compare
 from inference.families import names_of
 from inference.layout import Target, read_band
-from inference.load import Weights, hidden_states_of
 from publisher.calibrate import collect
 from publisher.plan import quant_table
 from quant import moments, sensitivity
@@ -259,56 +257,19 @@ def prices(job: Job, statistics: Statistics) -> tuple[sensitivity.Sensitivity, d
         name = class_of(target, job.classes).label
         by_class.setdefault(name, []).append(float(seconds))
         whole_errors += seconds * (job.count(job.kinds[layer]) if layer is not None else 1)
-    forward = _forward(job, windows)
-    forward_whole = sum(s * job.count(k) for k, s in forward["layers"].items()) + forward["rest"]
-    forward_here = sum(forward["layers"].values()) + forward["rest"]
-    whole_probes, rows = forward_whole, []  # once for the base
-    for probe, seconds in zip(found.probes, probes, strict=True):
-        members = [t for t in chosen if class_of(t, job.classes).label == probe.label]
-        layers = [layer_of(t.name) for t in members]
-        params = sum(t.params for t in members)
-        whole_params = sum(
-            t.params * (job.count(job.kinds[i]) if i is not None else 1) for t, i in zip(members, layers, strict=True)
-        )
-        rounding = max(0.0, float(seconds) - forward_here)
-        seconds_whole = rounding * whole_params / params + forward_whole
-        whole_probes += seconds_whole
-        rows.append(
-            {
-                "class": probe.label,
-                "bits": probe.bits,
-                "seconds": round(float(seconds), 2),
-                "whole_s": round(seconds_whole, 1),
-            }
-        )
+    embedded, layers, compared = probes[0], probes[1 : len(job.kinds) + 1], probes[len(job.kinds) + 1 :]
+    whole_probes = float(embedded + compared.sum())
+    whole_probes += sum(float(s) * job.count(kind) for s, kind in zip(layers, job.kinds, strict=True))
     return found, {
         "seconds": round(wall, 1), "errors_s": round(float(errors.sum()), 1), "probes_s": round(float(probes.sum()), 1),
         "factorize_s": {str(k): [len(v), round(sum(v), 2)] for k, v in factors.seconds.items()},
         "errors_by_class_s": {k: [len(v), round(sum(v), 2)] for k, v in by_class.items()},
-        "forward_s": forward, "probes": rows,
+        "probes_by_step_s": {"embedding": round(float(embedded), 2), "layers": [round(float(s), 2) for s in layers],
+                             "compared": [round(float(s), 2) for s in compared]},
         "whole_errors_s": round(float(whole_errors), 1), "whole_probes_s": round(whole_probes, 1),
         "whole_s": round(float(whole_errors) + whole_probes, 1),
         "peak_device_gb": round(device / 1e9, 2), "peak_host_gb": host_peak(),
     }  # fmt: skip
-
-
-def _forward(job: Job, windows: list[list[int]]) -> dict[str, Any]:
-    """Seconds of one run of the model over the probes' tokens, by kind of layer, and of comparing two outputs."""
-    weights = Weights(job.base, mx.float32)
-    tokens = [mx.array([w]) for w in windows]
-    stamps = [time.perf_counter()]
-
-    def after(_: int) -> None:
-        stamps.append(time.perf_counter())
-
-    states = hidden_states_of(weights, tokens, after_layer=after)
-    flat = mx.concatenate([s.reshape(-1, s.shape[-1]) for s in states])
-    head = weights.head()
-    np.array(compare(flat, head, flat, weights.head(), [t for w in windows for t in (*w[1:], 0)]).kld)
-    ended = time.perf_counter()
-    took = np.diff(stamps)  # the first holds the embedding, too
-    layers = {k: round(float(took[[i for i, v in enumerate(job.kinds) if v == k]].sum()), 3) for k in set(job.kinds)}
-    return {"layers": layers, "rest": round(ended - stamps[-1], 3)}
 
 
 # ------------------------------------------------------------------------------------------------ allocation

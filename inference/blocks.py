@@ -242,20 +242,43 @@ class Decoder:
         all batches have passed layer i. step: a batch goes through each layer in pieces of that many tokens, behind each
         other with its cache; None: whole. Peak: the largest layer (or the embedding) and the states of all batches.
         """
-        table = weights.linear(cls.prefix + "embed_tokens")
-        states = [table.rows(tokens) for tokens in batches]
-        mx.eval(states)
-        del table
-        for i, entry in enumerate(entries):
-            layer = cls.make_layer(cfg, i, weights)
-            for j, x in enumerate(states):
-                own, size = type(entry)(), step or x.shape[1]
-                pieces = [layer(x[:, start : start + size], own) for start in range(0, x.shape[1], size)]
-                states[j] = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
-                mx.eval(states[j])
-            del layer
-            mx.clear_cache()
-            if after_layer is not None:
+
+        def done(i: int) -> None:
+            if after_layer is not None and i >= 0:
                 after_layer(i)
-        norm = weights.array(cls.prefix + "norm.weight")
-        return [rms_norm(x, norm, cfg.rms_norm_eps) for x in states]
+
+        return cls.hidden_of_versions(cfg, [weights], entries, batches, done, step)[0]
+
+    @classmethod
+    def hidden_of_versions(
+        cls,
+        cfg: Any,
+        versions: Sequence[Weights],
+        entries: Sequence[Any],
+        batches: Sequence[mx.array],
+        done: Callable[[int], None],
+        step: int | None = None,
+    ) -> list[list[mx.array]]:
+        """`hidden_streamed` of the same tokens under several versions of the weights, side by side, so that what they share
+        need be read once. done(i): every version has passed layer i, or the embedding (-1).
+
+        Peak: a layer of one version, what the versions keep, and the states of all batches of all versions.
+        """
+        tables = [weights.linear(cls.prefix + "embed_tokens") for weights in versions]
+        states = [[table.rows(tokens) for tokens in batches] for table in tables]
+        mx.eval(states)
+        del tables
+        done(-1)
+        for i, entry in enumerate(entries):
+            for weights, own in zip(versions, states, strict=True):
+                layer = cls.make_layer(cfg, i, weights)
+                for j, x in enumerate(own):
+                    memory, size = type(entry)(), step or x.shape[1]
+                    pieces = [layer(x[:, start : start + size], memory) for start in range(0, x.shape[1], size)]
+                    own[j] = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+                    mx.eval(own[j])
+                del layer
+            mx.clear_cache()
+            done(i)
+        norms = [weights.array(cls.prefix + "norm.weight") for weights in versions]
+        return [[rms_norm(x, norm, cfg.rms_norm_eps) for x in own] for norm, own in zip(norms, states, strict=True)]

@@ -135,6 +135,16 @@ def hidden_states_of(
     return family.TextModel.hidden_streamed(cfg, weights, entries, token_batches, after_layer, step)
 
 
+def hidden_states_of_versions(
+    versions: Sequence[Weights], token_batches: Sequence[mx.array], done: Callable[[int], None]
+) -> list[list[mx.array]]:
+    """As `hidden_states_of`, under several versions of one model's weights side by side, layer by layer. done(i): all have
+    passed layer i, or the embedding (-1)."""
+    family, cfg = _family(versions[0].raw_config), versions[0].config
+    entries = family.make_cache(cfg).layers
+    return family.TextModel.hidden_of_versions(cfg, versions, entries, token_batches, done)
+
+
 def load_head(folder: Path | str, compute: mx.Dtype | None = None) -> Linear:
     """The output matrix alone: `load_head(folder)(hidden)` are logits."""
     return Weights(Path(folder), compute).head()

@@ -73,6 +73,7 @@ class FromStatistics:
     def __init__(self, statistics: Statistics) -> None:
         self.statistics = statistics
         self._factors: OrderedDict[tuple[object, ...], Factor] = OrderedDict()
+        self._last: tuple[object, np.ndarray] = (None, np.empty(0))  # a Hessian, asked for by modules of one input
         self._lock = Lock()
 
     def digest(self, module: str, hessian: bool) -> str:
@@ -84,7 +85,9 @@ class FromStatistics:
     def objective(self, module: str, expert: int | None = None) -> Objective:
         """For prices. Raises InputError where no gradients were collected."""
         s = self.statistics
-        hessian, second = s.objective_hessian(module, expert), s.objective_second(module)
+        with self._lock:
+            hessian = self._hessian(module, expert)
+        second = s.objective_second(module)
         fisher = s.objective_rows(module)
         if expert is None:
             return Objective(
@@ -103,6 +106,13 @@ class FromStatistics:
             factor = self._factor(module, rows if experts else None, columns) if hessian else None
         return Moments(_folded(part, columns), factor)
 
+    def _hessian(self, module: str, expert: int | None = None) -> np.ndarray:
+        """Of the objective, [K, K]; not to be written to."""
+        key = (self.statistics.objective_name(module), expert)
+        if key != self._last[0]:
+            self._last = (key, self.statistics.objective_hessian(module, expert))
+        return self._last[1]
+
     def _factor(self, module: str, rows: slice | None, columns: np.ndarray | None) -> Factor:
         fold = None if columns is None else hashlib.sha256(columns.tobytes()).digest()
         key = (self.statistics.objective_name(module), None if rows is None else (rows.start, rows.stop), fold)
@@ -117,7 +127,7 @@ class FromStatistics:
     def _parts(self, module: str, rows: slice | None, columns: np.ndarray | None) -> list[Part]:
         s = self.statistics
         if module not in s or s.input(module).experts is None:
-            hessian = s.objective_hessian(module)
+            hessian = self._hessian(module)
             return [factorize(_scaled(hessian, columns), damping(len(hessian), s.objective_tokens(module)))]
         known = s.input(module)
         tokens = np.atleast_1d(np.asarray(s.tokens(module)))

@@ -26,7 +26,7 @@ from inference.checkpoint import AFFINE_BITS, AFFINE_GROUPS, QuantSpec
 from inference.divergence import compare
 from inference.layout import Target
 from inference.linear import Linear, Packed
-from inference.load import Weights, hidden_states_of
+from inference.load import Weights, hidden_states_of_versions
 
 from .allocate import label
 from .moments import FromStatistics
@@ -77,7 +77,7 @@ def measure(
     """Costs of every matrix that has statistics.
 
     folder: the base; windows: token ids of the calibration text for the probes, one length. Peak: the model's largest
-    layer or tensor in float32, its Hessian's factor, and the states of PROBE_TOKENS tokens.
+    layer or tensor in float32, its Hessian's factor, and the states of PROBE_TOKENS tokens for every probe.
     """
     tick = progress or (lambda what, done, total: None)
     chosen = [t for t in targets if t.part == "text" and t.name.endswith(".weight") and known.knows(t.module)]
@@ -182,22 +182,29 @@ def _probes(
     tick: Progress,
 ) -> tuple[list[Probe], int]:
     used = probe_windows(windows)
-    tokens = [mx.array([w]) for w in used]
-    weights = Weights(folder, mx.float32)
-    head = weights.head()
+    base = Kept(Weights(folder, mx.float32))
+    wanted = [(c, b) for c in dict.fromkeys(labels[t.module] for t in targets) for b in PROBE_BITS]
+    plans = [
+        {t.module: QuantSpec(bits, _group(t.shape[-1])) for t in targets if labels[t.module] == name}
+        for name, bits in wanted
+    ]
+    versions = [base, *(Rounded(base, specs, known, solver) for specs in plans)]
+    steps = base.config.num_hidden_layers + 1 + len(wanted)
+
+    def passed(layer: int) -> None:
+        base.forget()
+        tick("probes", layer + 2, steps)
+
+    teacher, *found = (_states(s) for s in hidden_states_of_versions(versions, [mx.array([w]) for w in used], passed))
+    head = base.head()
     want = [t for w in used for t in (*w[1:], 0)]  # the last has no next token; its figures of one are not used
-    teacher = _states(hidden_states_of(weights, tokens))
-    wanted = dict.fromkeys(labels[t.module] for t in targets)
     out = []
-    for n, (name, bits) in enumerate((c, b) for c in wanted for b in PROBE_BITS):
-        specs = {t.module: QuantSpec(bits, _group(t.shape[-1])) for t in targets if labels[t.module] == name}
-        rounded = Rounded(weights, specs, known, solver)
-        states = _states(hidden_states_of(rounded, tokens))
-        found = compare(teacher, head, states, rounded.head(), want)
+    for n, ((name, bits), specs, states) in enumerate(zip(wanted, plans, found, strict=True)):
+        compared = compare(teacher, head, states, versions[n + 1].head(), want)
         predicted = sum(costs[m][label(s)] for m, s in specs.items())
-        out.append(Probe(name, bits, GROUP, predicted, float(np.nanmean(found.kld))))
-        tick("probes", n + 1, len(wanted) * len(PROBE_BITS))
+        out.append(Probe(name, bits, GROUP, predicted, float(np.nanmean(compared.kld))))
         mx.clear_cache()
+        tick("probes", steps - len(wanted) + n + 1, steps)
     return out, len(want)
 
 
@@ -213,12 +220,31 @@ def _states(batches: Sequence[mx.array]) -> mx.array:
     return mx.concatenate([b.reshape(-1, b.shape[-1]) for b in batches])
 
 
+class Kept(Weights):
+    """Weights whose tensors are read once until they are forgotten: several versions of a layer share what is not rounded."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.__dict__.update(weights.__dict__)
+        self._arrays: dict[str, mx.array] = {}
+
+    def array(self, name: str) -> mx.array:
+        if name not in self._arrays:
+            self._arrays[name] = super().array(name)
+        return self._arrays[name]
+
+    def forget(self) -> None:
+        self._arrays.clear()
+
+
 class Rounded(Weights):
     """The base with some modules rounded by a solver as they are loaded."""
 
     def __init__(self, weights: Weights, specs: Mapping[str, QuantSpec], known: FromStatistics, solver: str) -> None:
         self.__dict__.update(weights.__dict__)
-        self._rounded, self._known, self._solver = specs, known, solver
+        self._base, self._rounded, self._known, self._solver = weights, specs, known, solver
+
+    def array(self, name: str) -> mx.array:
+        return self._base.array(name)
 
     def linear(self, module: str) -> Linear:
         dense = super().linear(module)

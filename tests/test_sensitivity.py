@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,18 +11,21 @@ import pytest
 from calibrations import EMBED, HEAD, LAYER, text_windows, tied, windows
 from engine_checkpoints import write_moe
 
+import inference.load
 import quant.sensitivity
 from inference.backend import mx
 from inference.checkpoint import AFFINE_BITS, AFFINE_GROUPS, QuantSpec, read_checkpoint
 from inference.divergence import compare
 from inference.families import names_of
-from inference.load import Weights, hidden_states_of
+from inference.load import Weights, hidden_states_of, hidden_states_of_versions
 from publisher import costing
 from publisher.calibrate import collect
 from publisher.report import Report
 from quant import qwen3_5
 from quant.moments import FromStatistics
-from quant.sensitivity import Rounded, Sensitivity, measure
+from quant.sample import restored, sample
+from quant.sensitivity import Kept, Rounded, Sensitivity, measure
+from quant.solve import QUICK, solve
 
 
 def measured(base, out, texts):
@@ -117,6 +121,49 @@ def test_a_tied_embedding_is_priced_for_both_its_uses(tmp_path):
     assert (looked_up >= 0).all()
     assert looked_up.any()
     assert plain["2/64"] > plain["8/64"] > 0
+
+
+def test_versions_side_by_side_are_what_each_is_alone_and_read_every_tensor_once(tiny, dense, monkeypatch):
+    targets, known, found = dense
+    plan = {t.module: QuantSpec(3, 64) for t in targets if t.module in found.modules and ".mlp." in t.module}
+    tokens = [mx.array([w]) for w in text_windows(tiny)[:2]]
+    weights = Weights(tiny, mx.float32)
+    alone = [hidden_states_of(w, tokens) for w in (weights, Rounded(weights, plan, known, "gptq"))]
+    read, reads = inference.load.read_band, Counter()
+
+    def counted(target, start, stop):
+        reads[target.name] += 1
+        return read(target, start, stop)
+
+    monkeypatch.setattr(inference.load, "read_band", counted)
+    base = Kept(weights)
+    passed = []
+
+    def done(layer):
+        passed.append(layer)
+        base.forget()
+
+    together = hidden_states_of_versions([base, Rounded(base, plan, known, "gptq")], tokens, done)
+    assert all(
+        mx.array_equal(a, b).item() for x, y in zip(alone, together, strict=True) for a, b in zip(x, y, strict=True)
+    )
+    assert set(reads.values()) == {1}
+    assert passed == list(range(-1, weights.config.num_hidden_layers))
+
+
+def test_the_hessian_solver_is_priced_at_every_group_size(tiny, dense):
+    """Where a few channels outweigh the rest, what it gains on least squares depends on the group."""
+    _, known, _ = dense
+    module = f"{LAYER}0.mlp.up_proj"
+    costs = prices_of(tiny, known, module, "gptq")
+    checkpoint = read_checkpoint(tiny)
+    target = next(t for t in names_of(checkpoint.config).targets(checkpoint) if t.module == module)
+    ((rows, w, _),) = sample(target, 32)
+    price = quant.sensitivity._Price(known, module, rows, None, 1)
+    moments = known.moments(module, None, None, True)
+    for group in (32, 64, 128):
+        spec = QuantSpec(4, group)
+        assert costs[f"4/{group}"] == pytest.approx(price(w, restored(solve(w, moments, spec, "gptq", QUICK), spec)))
 
 
 # ------------------------------------------------------------------------------------------------ kept
