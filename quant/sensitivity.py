@@ -30,7 +30,7 @@ from inference.load import Weights, hidden_states_of_versions
 
 from .allocate import label
 from .moments import FromStatistics
-from .recipe import TensorClass, class_of
+from .recipe import TensorClass, class_of, layer_of
 from .sample import restored, sample
 from .solve import QUICK, solve
 
@@ -242,6 +242,7 @@ class Rounded(Weights):
     def __init__(self, weights: Weights, specs: Mapping[str, QuantSpec], known: FromStatistics, solver: str) -> None:
         self.__dict__.update(weights.__dict__)
         self._base, self._rounded, self._known, self._solver = weights, specs, known, solver
+        self._once: dict[str, Packed] = {}  # a tied embedding is asked for twice
 
     def array(self, name: str) -> mx.array:
         return self._base.array(name)
@@ -251,16 +252,21 @@ class Rounded(Weights):
         spec = self._rounded.get(module)
         if spec is None:
             return dense
+        if module in self._once:
+            return self._once[module]
         w, parts = dense.weight, []
         step = max(1, BAND_VALUES // (w.size // w.shape[0]))
         for start in range(0, w.shape[0], step):
             rows = slice(start, min(w.shape[0], start + step))
             known = self._known.moments(module, rows if w.ndim == 3 else None, None, self._solver == "gptq")
-            packed = solve(w[rows].astype(mx.bfloat16), known, spec, self._solver, QUICK)
-            assert packed.biases is not None
-            parts.append((packed.codes, packed.scales.astype(mx.float32), packed.biases.astype(mx.float32)))
+            part = solve(w[rows].astype(mx.bfloat16), known, spec, self._solver, QUICK)
+            assert part.biases is not None
+            parts.append((part.codes, part.scales.astype(mx.float32), part.biases.astype(mx.float32)))
         codes, scales, biases = (mx.concatenate(list(x)) for x in zip(*parts, strict=True))
-        return Packed(codes, scales, biases, spec, mx.float32, dense.bias)
+        packed = Packed(codes, scales, biases, spec, mx.float32, dense.bias)
+        if layer_of(module) is None:
+            self._once[module] = packed
+        return packed
 
 
 def _factor(probe: Probe) -> float:
