@@ -1,6 +1,6 @@
 """Custom GPU kernels, written once in what CUDA and Metal have in common.
 
-A kernel's text uses the words of HEADERS for what the two languages say differently. MLX compiles it when it is first used.
+A kernel's text uses WORDS for what the two languages say differently. MLX compiles it when it is first used.
 Nothing relies on a kernel: whoever has one checks, once a process, that it compiles and computes what it should
 (`trusted`), and has plain MLX operations for where it does not. The tests compile the same text as C++.
 """
@@ -10,33 +10,36 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 from .backend import BACKEND, mx
 from .errors import InputError
 
-HEADERS = {
-    "cuda": """
-#define ROW (blockIdx.x * blockDim.x + threadIdx.x)
-#define SECOND blockIdx.y
-#define THIRD blockIdx.z
-#define GROUP blockIdx.x
-#define THREAD threadIdx.x
-#define SHARED __shared__
-#define SYNC __syncthreads()
-#define OFFSET long long
-""",
-    "metal": """
-#define ROW thread_position_in_grid.x
-#define SECOND thread_position_in_grid.y
-#define THIRD thread_position_in_grid.z
-#define GROUP threadgroup_position_in_grid.x
-#define THREAD thread_position_in_threadgroup.x
-#define SHARED threadgroup
-#define SYNC threadgroup_barrier(mem_flags::mem_threadgroup)
-#define OFFSET long
-""",
+# Words of a kernel's text, and what the languages say for them. They are replaced, not defined as macros: MLX looks through the
+# text for the names of Metal's attributes, to declare those that it finds.
+WORDS = {
+    "cuda": {
+        "ROW": "(blockIdx.x * blockDim.x + threadIdx.x)",
+        "SECOND": "blockIdx.y",
+        "THIRD": "blockIdx.z",
+        "GROUP": "blockIdx.x",
+        "LANE": "threadIdx.x",
+        "SHARED": "__shared__",
+        "SYNC": "__syncthreads()",
+        "OFFSET": "long long",
+    },
+    "metal": {
+        "ROW": "thread_position_in_grid.x",
+        "SECOND": "thread_position_in_grid.y",
+        "THIRD": "thread_position_in_grid.z",
+        "GROUP": "threadgroup_position_in_grid.x",
+        "LANE": "thread_position_in_threadgroup.x",
+        "SHARED": "threadgroup",
+        "SYNC": "threadgroup_barrier(mem_flags::mem_threadgroup)",
+        "OFFSET": "long",
+    },
 }
 
 SETTING = "PUBLISH_KERNELS"
@@ -46,11 +49,12 @@ Kernel = Callable[..., list[mx.array]]
 @functools.cache
 def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Kernel:
     """What `mx.fast.cuda_kernel` or `metal_kernel` makes of a kernel's text, for the backend of this process."""
-    header = HEADERS[BACKEND]
+    words = WORDS[BACKEND]
+    text = re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], source)
     # MLX keeps what it compiled by name, on disk too: the name says what it was compiled from
-    named = f"publish_{name}_{hashlib.sha256((header + source).encode()).hexdigest()[:8]}"
+    named = f"publish_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     make: Any = mx.fast.cuda_kernel if BACKEND == "cuda" else mx.fast.metal_kernel
-    return make(name=named, input_names=list(inputs), output_names=list(outputs), source=source, header=header)
+    return make(name=named, input_names=list(inputs), output_names=list(outputs), source=text)
 
 
 def trusted(check: Callable[[], str | None], by_default: bool = True) -> bool:

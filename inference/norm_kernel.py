@@ -15,26 +15,26 @@ THREADS = 256  # of a row; SOURCE adds up their squares in two steps of 16
 SOURCE = """
     SHARED float part[16 * 16];
     SHARED float sums[16];
-    const int thread = THREAD;
+    const int lane = LANE;
     const OFFSET row = (OFFSET)GROUP * H;
     float square = 0.0f;
-    for (int i = thread; i < H; i += 16 * 16) {
+    for (int i = lane; i < H; i += 16 * 16) {
         const T sum = (T)((float)x[row + i] + (float)y[row + i]);
         total[row + i] = sum;
         square += (float)sum * (float)sum;
     }
-    part[thread] = square;
+    part[lane] = square;
     SYNC;
-    if (thread < 16) {
+    if (lane < 16) {
         float sum = 0.0f;
-        for (int i = 0; i < 16; ++i) sum += part[16 * thread + i];
-        sums[thread] = sum;
+        for (int i = 0; i < 16; ++i) sum += part[16 * lane + i];
+        sums[lane] = sum;
     }
     SYNC;
     float sum = 0.0f;
     for (int i = 0; i < 16; ++i) sum += sums[i];
     const float scale = rsqrt(sum / H + eps[0]);
-    for (int i = thread; i < H; i += 16 * 16) {
+    for (int i = lane; i < H; i += 16 * 16) {
         normed[row + i] = (T)((float)total[row + i] * scale * (float)weight[i]);
     }
 """

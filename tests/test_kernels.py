@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import shutil
 import subprocess
 
@@ -59,12 +60,29 @@ extern "C" void all(int groups_, int ys_, int zs_, int size_, bool waits_, ARGUM
 """
 
 
+WORDS_OF_METAL = {
+    "thread",
+    "device",
+    "constant",
+    "kernel",
+    "vertex",
+    "fragment",
+    "half",
+    "sampler",
+    "texture",
+    "buffer",
+}
+
+
 class Emulator:
     """What `mx.fast.cuda_kernel` and `metal_kernel` return, on the CPU. Threads beyond the grid run too, as on CUDA."""
 
-    def __init__(self, folder, name, input_names, output_names, source, header):
+    def __init__(self, folder, name, input_names, output_names, source):
         self.folder, self.name, self.inputs, self.outputs = folder, name, input_names, output_names
-        self.source, self.header = source, header
+        self.source = source
+        written = set(re.findall(r"\w+", source))
+        assert not written & WORDS_OF_METAL, "a name that Metal has another meaning for"
+        assert not any(f"{name}_{x}" in source for name in input_names for x in ("shape", "strides", "ndim"))
 
     def __call__(self, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
         assert output_dtypes == [mx.float32] * len(self.outputs)
@@ -74,7 +92,8 @@ class Emulator:
         out = [np.full(shape, np.nan, np.float32) for shape in output_shapes]
         groups = -(-grid[0] // threadgroup[0])
         pointers = [x.ctypes.data_as(ctypes.c_void_p) for x in (*held, *out)]
-        self._function(template, held)(groups, *grid[1:], threadgroup[0], "SYNC" in self.source, *pointers)
+        waits = any(word in self.source for word in ("__syncthreads", "threadgroup_barrier"))
+        self._function(template, held)(groups, *grid[1:], threadgroup[0], waits, *pointers)
         return [mx.array(x) for x in out]
 
     def _function(self, template, held):
@@ -86,7 +105,7 @@ class Emulator:
         given = ", ".join([*arguments, *(f"float* {name}" for name in self.outputs)])
         body = "\n".join(["", *of_template, self.source, ""])
         driver = DRIVER.replace("ARGUMENTS", given).replace("NAMES", ", ".join((*self.inputs, *self.outputs)))
-        text = f"{PRELUDE}{self.header}\nstatic void one({given}) {{{body}}}\n{driver}"
+        text = f"{PRELUDE}\nstatic void one({given}) {{{body}}}\n{driver}"
         path = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         if not path.exists():
             path.with_suffix(".cpp").write_text(text)

@@ -22,16 +22,16 @@ SOURCE = """
     constexpr int C = 2 * HK * DK + HV * DV;
     SHARED float qk[2 * DK];
     SHARED float ys[DV];
-    const int head = GROUP, thread = THREAD, key = head / (HV / HK);
+    const int head = GROUP, lane = LANE, key = head / (HV / HK);
     const OFFSET batch = THIRD;
-    for (int i = thread; i < 2 * DK; i += DV) {
+    for (int i = lane; i < 2 * DK; i += DV) {
         const int c = i < DK ? key * DK + i : HK * DK + key * DK + i - DK;
         CONV
         qk[i] = sum / (1.0f + exp(-sum));
     }
     float v;
     {
-        const int c = 2 * HK * DK + head * DV + thread;
+        const int c = 2 * HK * DK + head * DV + lane;
         CONV
         v = sum / (1.0f + exp(-sum));
     }
@@ -46,7 +46,7 @@ SOURCE = """
     const float gate = (float)a[batch * HV + head] + dt[head];
     const float decay = exp(rate[head] * (fmax(gate, 0.0f) + log(1.0f + exp(-fabs(gate)))));
     const float beta = 1.0f / (1.0f + exp(-(float)b[batch * HV + head]));
-    const OFFSET row = ((batch * HV + head) * DV + thread) * DK;
+    const OFFSET row = ((batch * HV + head) * DV + lane) * DK;
     float read_q = 0.0f, read_k = 0.0f;
     for (int i = 0; i < DK; ++i) {
         const float s = state[row + i];
@@ -56,13 +56,13 @@ SOURCE = """
     const float u = beta * (v - decay * read_k * k_scale);
     for (int i = 0; i < DK; ++i) next[row + i] = decay * state[row + i] + u * k_scale * qk[DK + i];
     const float out = decay * read_q * q_scale + u * both * q_scale * k_scale;
-    ys[thread] = out;
+    ys[lane] = out;
     SYNC;
     float square = 0.0f;
     for (int i = 0; i < DV; ++i) square += ys[i] * ys[i];
-    const OFFSET at = (batch * HV + head) * DV + thread;
+    const OFFSET at = (batch * HV + head) * DV + lane;
     const float wide = (float)z[at];
-    y[at] = (T)(out * rsqrt(square / DV + eps[1]) * norm[thread] * (wide / (1.0f + exp(-wide))));
+    y[at] = (T)(out * rsqrt(square / DV + eps[1]) * norm[lane] * (wide / (1.0f + exp(-wide))));
 """
 
 
