@@ -1,5 +1,5 @@
 """`python -m publisher`: the command line, where no script was installed."""
 
-from .cli import main
+from .entry import main
 
-main(prog_name="publish")
+main()

@@ -18,6 +18,7 @@ import click
 from inference.errors import AuthError, CheckFailed, GateRefused, InputError, PublishError, RemoteChanged, ResourceError
 
 from . import __version__
+from .entry import INTERRUPTED, STOPPED
 
 if TYPE_CHECKING:
     from .hub import Hub
@@ -35,7 +36,6 @@ EXIT_CODES: dict[type[PublishError], int] = {
     RemoteChanged: 4,
     AuthError: 5,
 }
-INTERRUPTED = 130
 
 
 def exit_code(error: PublishError) -> int:
@@ -60,7 +60,7 @@ class Commands(click.Group):
         except PublishError as e:
             raise Failure(str(e), exit_code(e)) from e
         except KeyboardInterrupt:
-            click.echo("interrupted; the same command goes on where this one stopped", err=True)
+            click.echo(STOPPED, err=True)
             ctx.exit(INTERRUPTED)
         except BrokenPipeError:
             # the reader of our output is gone (`publish plan | head`): no traceback, and none at interpreter exit

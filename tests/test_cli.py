@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import EXAMPLE, edit, environment, sound_hub, write_ladder
@@ -519,3 +521,23 @@ def test_a_base_on_the_hub_without_a_network_is_one_line(from_hub, publish, tmp_
 def test_the_environment_of_these_tests_reaches_no_real_hub(tmp_path):
     assert environment(tmp_path)["HF_ENDPOINT"].startswith("http://127.0.0.1")
     assert "HF_TOKEN" not in environment(tmp_path)
+
+
+@pytest.mark.parametrize("module", ["click", "pydantic"])
+def test_ctrl_c_while_it_imports_is_one_line(module):
+    code = f"""
+import sys
+
+class Finger:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finger())
+sys.argv = ["publish", "plan"]
+from publisher.entry import main
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (130, "")
+    assert run.stderr == "interrupted; the same command goes on where this one stopped\n"
