@@ -29,6 +29,7 @@ from inference.linear import Linear, Packed
 from inference.load import Weights, hidden_states_of_versions
 
 from .allocate import label
+from .collect import BATCH_TOKENS
 from .moments import FromStatistics
 from .recipe import TensorClass, class_of, layer_of
 from .sample import restored, sample
@@ -195,7 +196,9 @@ def _probes(
         base.forget()
         tick("probes", layer + 2, steps)
 
-    teacher, *found = (_states(s) for s in hidden_states_of_versions(versions, [mx.array([w]) for w in used], passed))
+    together = max(1, BATCH_TOKENS // len(used[0]))
+    batches = [mx.array(used[i : i + together]) for i in range(0, len(used), together)]
+    teacher, *found = (_states(s) for s in hidden_states_of_versions(versions, batches, passed))
     head = base.head()
     want = [t for w in used for t in (*w[1:], 0)]  # the last has no next token; its figures of one are not used
     out = []
