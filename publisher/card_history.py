@@ -98,13 +98,18 @@ def _change(old: Release | None, new: Release, current: bool) -> Change:
 
 
 def _reasons(old: Release, new: Release) -> Iterator[str]:
-    found = list(input_reasons(old.inputs, new.inputs))
+    known, same = old.inputs, "no input on record differs; the bytes do"
+    if not known.base.source_hash:  # of a history of version 1
+        base = known.base.model_copy(update={"source_hash": new.inputs.base.source_hash})
+        known = known.model_copy(update={"base": base})
+        same = "no input on record differs; whether the bytes do is not on record: they were hashed another way"
+    found = list(input_reasons(known, new.inputs))
     before, after = old.inputs.base.commit, new.inputs.base.commit
     if before != after and not any(r.startswith("base commit") for r in found):
         found.append(f"base commit: {(before or 'none')[:8]} → {(after or 'none')[:8]}")
     if old.tool != new.tool:
         found.append(f"made with: {old.tool} → {new.tool}")
-    yield from found or ["no input on record differs; the bytes do"]
+    yield from found or [same]
     if old.nbytes != new.nbytes:
         yield f"size: {fmt.size(old.nbytes)} → {fmt.size(new.nbytes)}"
 

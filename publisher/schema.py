@@ -797,6 +797,23 @@ class History(File):
     id: str
     releases: list[Release]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_1(cls, value: Any) -> Any:
+        """It cannot be made again, so it is still read. Weights keep the hash that they were released by; the base's
+        `source_hash`, which none of today compares with, counts as unknown ("")."""
+        match value:
+            case {"schema_version": 1, "releases": [*releases]}:
+                return {**value, "schema_version": 2, "releases": [_without_source_hash(r) for r in releases]}
+        return value
+
+
+def _without_source_hash(release: Any) -> Any:
+    match release:
+        case {"inputs": {"base": {"source_hash": str()} as base} as inputs}:
+            return {**release, "inputs": {**inputs, "base": {**base, "source_hash": ""}}}
+    return release
+
 
 class ProvenanceBase(File):
     """The base that was used. repo and commit: where it came from the Hub; else the hashes alone tell it."""

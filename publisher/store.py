@@ -33,6 +33,7 @@ from .locks import hold
 
 Model = TypeVar("Model", bound=BaseModel)
 PART = ".part"  # of a file that is being written
+REDO = "; delete the file to redo it"  # how a message of `read_model` ends
 MANIFEST_BYTES = 50 << 20  # of one that is not ours: in a repo, in a folder that was downloaded
 # no variant can have such an id
 RESERVED = (
@@ -197,9 +198,13 @@ def read_model(path: Path, kind: type[Model]) -> Model | None:
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(p) for p in first["loc"])
-        raise InputError(
-            f"{path.name} ({path.parent.name}): {where}: {first['msg']}; delete the file to redo it"
-        ) from None
+        told = f"{path.name} ({path.parent.name}): {where}"
+        if first["loc"] == ("schema_version",) and isinstance(found := first["input"], int):
+            wanted = kind.model_fields["schema_version"].default
+            raise InputError(
+                f"{told}: found {found}, expected {wanted}; another version of this tool wrote it"
+            ) from None
+        raise InputError(f"{told}: {first['msg']}{REDO}") from None
 
 
 def read_result(path: Path, kind: type[Model]) -> Model | None:

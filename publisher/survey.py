@@ -33,7 +33,7 @@ from .protocol import (
 from .prune import Pruned, described, pruned
 from .schema import BaseInput, Bench, BuildInputs, ImatrixInput, Manifest, Quality, Smoke
 from .staleness import State, bench_reasons, quality_reasons, smoke_reasons, weights_reasons
-from .store import read_model, read_result
+from .store import REDO, read_model, read_result
 from .variants import Project
 
 if TYPE_CHECKING:
@@ -231,9 +231,8 @@ def read_manifest(project: Project, id: str) -> Manifest | None:
         manifest = read_model(project.store.manifest(id), Manifest)
     except InputError as e:
         # without it nothing proves that the folder is ours, so a build would refuse to replace it
-        raise InputError(
-            f"{str(e).removesuffix('; delete the file to redo it')}; delete the folder to build it again"
-        ) from None
+        step = "delete the folder to build it again (notes of your own stand in its README.md)"
+        raise InputError(f"{str(e).removesuffix(REDO)}; {step}") from None
     if manifest and manifest.id != id:
         raise InputError(f"{id}/manifest.json: is of variant {manifest.id}; delete the folder to build it again")
     return manifest

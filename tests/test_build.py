@@ -223,6 +223,8 @@ def test_a_damaged_manifest_is_one_line_that_says_what_to_do(damage, command, la
     told = publish(*command, cwd=ladder).refused(2)
     assert told.startswith("manifest.json (Q4_K_XL): ")
     assert "delete the folder" in told
+    if b"1" in damage:
+        assert "schema_version: found 1, expected 2; another version of this tool wrote it" in told
 
 
 def test_a_manifest_of_another_variant_is_refused(ladder, publish):

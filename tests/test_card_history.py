@@ -240,6 +240,27 @@ def test_a_damaged_history_is_one_line(root: Path) -> None:
     assert "\n" not in str(e.value)
 
 
+def test_a_history_of_version_1_is_kept_and_its_hashes_are_not_compared_with_those_of_today(root: Path) -> None:
+    """Tensors were hashed by sha256 then: nothing else can tell what was released."""
+    project, manifest = made(root, 4, "2026-11-20")
+    landed(project, manifest.model_copy(update={"weights_hash": "1" * 64}), "v1")
+    path = project.store.history(ID)
+    held = json.loads(path.read_text())
+    held["schema_version"] = 1
+    held["releases"][0]["inputs"]["base"]["source_hash"] = "2" * 64
+    path.write_text(json.dumps(held))
+    found = section(card(project, root))
+    assert "tag `v1`" in found
+    assert "whether the bytes do is not on record" in found
+    assert "base weights" not in found
+    landed(project, manifest, "v2")
+    (first, second) = read_model(path, History).releases  # type: ignore[union-attr]
+    assert (first.tag, first.weights_hash, second.tag) == ("v1", "1" * 64, "v2")
+    path.write_text(json.dumps({"schema_version": 1, "id": ID, "releases": [{"inputs": {"base": 3}}]}))
+    with pytest.raises(InputError, match=r"Q4\.json \(history\): releases\.0\."):
+        gather(project, root / "base")
+
+
 def test_the_file_holds_what_was_released_and_no_clock_of_its_own(root: Path) -> None:
     project, old = made(root, 4, "2026-11-20")
     keep(project, quality(project, old, 0.02))
