@@ -10,11 +10,13 @@ import subprocess
 
 import numpy as np
 import pytest
+from llama_checkpoints import write_llama
 
 import inference.kernels
 from inference import norm_kernel
 from inference.backend import mx
 from inference.errors import InputError
+from inference.kernels import kernel
 from inference.load import load
 from inference.qwen3_5 import token_kernel
 from quant import gptq, hessians, kernels
@@ -24,6 +26,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 # what either language gives a kernel; the threads of a group run side by side where they wait for each other
 PRELUDE = """
+#include <bit>
 #include <cmath>
 using namespace std;
 struct Place { int x, y, z; };
@@ -36,7 +39,18 @@ static void at(int x, int y, int z, int size, int i) {
     thread_position_in_threadgroup = threadIdx = {i, 0, 0};
     thread_position_in_grid = {x * size + i, y, z};
 }
+struct bfloat16 {  // to the nearest, ties to even, as both languages convert
+    unsigned short bits;
+    bfloat16() = default;
+    explicit bfloat16(float x) {
+        const unsigned whole = bit_cast<unsigned>(x);
+        bits = (unsigned short)((whole + 0x7FFF + (whole >> 16 & 1)) >> 16);
+    }
+    explicit operator float() const { return bit_cast<float>((unsigned)bits << 16); }
+};
 """
+# of an array, by its type: what C++ calls it, and numpy, which knows no bfloat16
+KINDS = {mx.float32: ("float", np.float32), mx.int32: ("int", np.int32), mx.bfloat16: ("bfloat16", np.uint16)}
 ONE_BY_ONE = "for (int i_ = 0; i_ < size_; ++i_) { at(x_, y_, z_, size_, i_); one(NAMES); }"
 # the threads of a group, where they wait for each other
 MEETING = """
@@ -87,23 +101,27 @@ class Emulator:
         assert not any(f"{name}_{x}" in source for name in input_names for x in ("shape", "strides", "ndim"))
 
     def __call__(self, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
-        assert output_dtypes == [mx.float32] * len(self.outputs)
         assert threadgroup[1:] == (1, 1)
-        held = [np.ascontiguousarray(np.array(x)) for x in inputs]
-        assert {x.dtype.name for x in held} <= {"float32", "int32"}
-        out = [np.full(shape, np.nan, np.float32) for shape in output_shapes]
+        held = [np.ascontiguousarray(np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)) for x in inputs]
+        out = [
+            np.full(shape, 0xFFFF if dtype == mx.bfloat16 else np.nan, KINDS[dtype][1])  # no numbers
+            for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+        ]
         groups = -(-grid[0] // threadgroup[0])
         pointers = [x.ctypes.data_as(ctypes.c_void_p) for x in (*held, *out)]
-        self._function(template, held)(groups, *grid[1:], threadgroup[0], *pointers)
-        return [mx.array(x) for x in out]
+        run = self._function(template, [x.dtype for x in inputs], output_dtypes)
+        run(groups, *grid[1:], threadgroup[0], *pointers)
+        return [mx.array(x).view(dtype) for x, dtype in zip(out, output_dtypes, strict=True)]
 
-    def _function(self, template, held):
+    def _function(self, template, input_dtypes, output_dtypes):
         of_template = [
-            f"constexpr int {k} = {v};" if isinstance(v, int) else f"using {k} = float;" for k, v in template
+            f"constexpr int {k} = {v};" if isinstance(v, int) else f"using {k} = {KINDS[v][0]};" for k, v in template
         ]
-        kinds = [{"float32": "float", "int32": "int"}[x.dtype.name] for x in held]
-        arguments = [f"const {kind}* {name}" for kind, name in zip(kinds, self.inputs, strict=True)]
-        given = ", ".join([*arguments, *(f"float* {name}" for name in self.outputs)])
+        arguments = [
+            *(f"const {KINDS[t][0]}* {name}" for t, name in zip(input_dtypes, self.inputs, strict=True)),
+            *(f"{KINDS[t][0]}* {name}" for t, name in zip(output_dtypes, self.outputs, strict=True)),
+        ]
+        given = ", ".join(arguments)
         body = "\n".join(["", *of_template, self.source, ""])
         waits = any(word in self.source for word in ("__syncthreads", "threadgroup_barrier"))
         driver = DRIVER.replace("RUN", SIDE_BY_SIDE if waits else ONE_BY_ONE).replace("ARGUMENTS", given)
@@ -213,23 +231,35 @@ def test_compiled_kernels_are_named_after_their_text(emulated):
 
 
 @needs_compiler
-def test_a_token_by_the_kernel_is_a_token_without(emulated, monkeypatch, tiny):
+@pytest.mark.parametrize(
+    ("family", "compute"), [("qwen3_5", mx.float32), ("qwen3_5", mx.bfloat16), ("llama", mx.float32)], ids=str
+)
+def test_a_token_by_the_kernels_is_a_token_without(emulated, monkeypatch, tiny, tmp_path, family, compute):
     """A model decodes the same logits, on one sequence and on two at once."""
+    folder = tiny if family == "qwen3_5" else write_llama(tmp_path / "llama")
+    called = []
+    monkeypatch.setattr(norm_kernel, "kernel", lambda name, *rest: called.append(name) or kernel(name, *rest))
+    monkeypatch.setattr(token_kernel, "kernel", lambda name, *rest: called.append(name) or kernel(name, *rest))
     assert token_kernel._fault() is None
     assert norm_kernel._fault() is None
-    ids = mx.array([[11, 7, 5, 3, 2, 300, 40], [9, 8, 7, 6, 5, 4, 3]])
-    found = {}
-    for setting in ("custom", "plain"):
-        monkeypatch.setenv("PUBLISH_KERNELS", setting)
-        token_kernel.usable.cache_clear()
-        norm_kernel.usable.cache_clear()
-        assert token_kernel.usable() == norm_kernel.usable() == (setting == "custom")
-        model = load(tiny)
-        cache = model.make_cache()
-        model.forward(ids[:, :5], cache)
-        found[setting] = [model.step(ids[:, at : at + 1], cache) for at in range(5, 7)]
-    for a, b in zip(*found.values(), strict=True):
-        assert np.abs(np.array(a - b)).max() < 1e-4
+    ids = mx.array([[11, 7, 5, 3, 2, 200, 40], [9, 8, 7, 6, 5, 4, 3]])
+    for rows in (ids[:1], ids):
+        found = {}
+        for setting in ("custom", "plain"):
+            monkeypatch.setenv("PUBLISH_KERNELS", setting)
+            token_kernel.usable.cache_clear()
+            norm_kernel.usable.cache_clear()
+            assert token_kernel.usable() == norm_kernel.usable() == (setting == "custom")
+            called.clear()
+            model = load(folder, compute)
+            cache = model.make_cache()
+            model.forward(rows[:, :5], cache)
+            steps = [model.step(rows[:, at : at + 1], cache).astype(mx.float32) for at in range(5, 7)]
+            found[setting] = np.array(mx.concatenate(steps))
+            both = {"add_norm", "delta_token"} if family == "qwen3_5" else {"add_norm"}
+            assert set(called) == (both if setting == "custom" else set())
+        off = np.abs(found["custom"] - found["plain"])
+        assert off.max() < (1e-4 if compute == mx.float32 else 0.01 * np.abs(found["plain"]).max())
 
 
 @needs_compiler
