@@ -46,13 +46,23 @@ SETTING = "PUBLISH_KERNELS"
 Kernel = Callable[..., list[mx.array]]
 
 
-@functools.cache
 def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Kernel:
     """What `mx.fast.cuda_kernel` or `metal_kernel` makes of a kernel's text, for the backend of this process."""
+
+    def run(**given: Any) -> list[mx.array]:
+        types = tuple(str(x.dtype) for x in given["inputs"])
+        return _made(name, inputs, outputs, source, types)(**given)
+
+    return run
+
+
+@functools.cache
+def _made(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, types: tuple[str, ...]) -> Kernel:
+    """types: of the inputs. MLX keeps what it compiled by name and template, on disk too, and on CUDA looks at nothing else:
+    so the name says all else that it was compiled from, which is the text and these."""
     words = WORDS[BACKEND]
     text = re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], source)
-    # MLX keeps what it compiled by name, on disk too: the name says what it was compiled from
-    named = f"publish_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    named = f"publish_{name}_{hashlib.sha256(repr((text, types)).encode()).hexdigest()[:8]}"
     make: Any = mx.fast.cuda_kernel if BACKEND == "cuda" else mx.fast.metal_kernel
     return make(name=named, input_names=list(inputs), output_names=list(outputs), source=text)
 

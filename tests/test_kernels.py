@@ -7,6 +7,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -93,6 +94,8 @@ WORDS_OF_METAL = {
 class Emulator:
     """What `mx.fast.cuda_kernel` and `metal_kernel` return, on the CPU. Threads beyond the grid run too, as on CUDA."""
 
+    compiled: ClassVar[dict[Any, Any]] = {}
+
     def __init__(self, folder, name, input_names, output_names, source):
         self.folder, self.name, self.inputs, self.outputs = folder, name, input_names, output_names
         self.source = source
@@ -109,7 +112,9 @@ class Emulator:
         ]
         groups = -(-grid[0] // threadgroup[0])
         pointers = [x.ctypes.data_as(ctypes.c_void_p) for x in (*held, *out)]
-        run = self._function(template, [x.dtype for x in inputs], output_dtypes)
+        key = (self.folder, self.name, repr(template))  # as MLX keeps them on CUDA, whatever the types of inputs are
+        run = self.compiled.get(key) or self._function(template, [x.dtype for x in inputs], output_dtypes)
+        self.compiled[key] = run
         run(groups, *grid[1:], threadgroup[0], *pointers)
         return [mx.array(x).view(dtype) for x, dtype in zip(out, output_dtypes, strict=True)]
 
@@ -145,7 +150,7 @@ def emulated(request, monkeypatch, tmp_path_factory):
     for module in (inference.kernels, gptq, norm_kernel, token_kernel):
         monkeypatch.setattr(module, "BACKEND", request.param)
     monkeypatch.setattr(mx.fast, f"{request.param}_kernel", lambda **given: Emulator(folder, **given), raising=False)
-    cached = (inference.kernels.kernel, gptq.by_kernels, norm_kernel.usable, token_kernel.usable)
+    cached = (inference.kernels._made, gptq.by_kernels, norm_kernel.usable, token_kernel.usable)
     for function in cached:
         function.cache_clear()
     yield request.param
@@ -221,10 +226,22 @@ def test_the_setting_is_checked(monkeypatch):
     gptq.by_kernels.cache_clear()
 
 
-def test_compiled_kernels_are_named_after_their_text(emulated):
-    """MLX keeps compiled kernels on disk by name: another version of one must have another."""
-    names = [inference.kernels.kernel("costs", ("w",), ("cost",), text).name for text in ("one;", "two;")]
-    assert names[0] != names[1]
+def test_compiled_kernels_are_named_after_all_that_they_are_compiled_from(emulated):
+    """MLX keeps them by name, on disk too: another version of one must have another, and one for other types of inputs."""
+    names = [
+        inference.kernels._made("costs", ("w",), ("cost",), text, (dtype,)).name
+        for text in ("one;", "two;")
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert len(set(names)) == 4
+
+
+@needs_compiler
+def test_one_norm_serves_weights_of_two_types(emulated):
+    """An original's norms are 1 + w in float32 and a variant's are bfloat16, in one process: `publish bench`."""
+    x, y, weight = (mx.array(v, mx.bfloat16) for v in np.random.default_rng(0).standard_normal((3, 64)))
+    found = [norm_kernel.add_norm(x[None], y[None], w, 1e-6)[1] for w in (weight.astype(mx.float32), weight)]
+    assert mx.array_equal(*found).item()
 
 
 # ------------------------------------------------------------------------------------------------ decode
