@@ -43,6 +43,7 @@ WORDS = {
 }
 
 SETTING = "PUBLISH_KERNELS"
+ROUNDING = 2.0**-8  # of a value, twice what rounding it to bfloat16 moves it by
 Kernel = Callable[..., list[mx.array]]
 
 

@@ -241,7 +241,7 @@ def test_one_norm_serves_weights_of_two_types(emulated):
     """An original's norms are 1 + w in float32 and a variant's are bfloat16, in one process: `publish bench`."""
     x, y, weight = (mx.array(v, mx.bfloat16) for v in np.random.default_rng(0).standard_normal((3, 64)))
     found = [norm_kernel.add_norm(x[None], y[None], w, 1e-6)[1] for w in (weight.astype(mx.float32), weight)]
-    assert mx.array_equal(*found).item()
+    assert mx.array_equal(found[0], found[1]).item()
 
 
 # ------------------------------------------------------------------------------------------------ decode
@@ -289,3 +289,16 @@ def test_the_token_kernel_is_for_cuda_unless_asked_for(emulated, monkeypatch):
     monkeypatch.setenv("PUBLISH_KERNELS", "custom")
     with pytest.raises(InputError, match=r"PUBLISH_KERNELS=custom: the kernel's output is off by"):
         token_kernel.usable()
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong", ["1.01f * scale", "0.0f / 0.0f"])
+def test_a_norm_that_is_wrong_is_not_used(emulated, monkeypatch, wrong):
+    text = norm_kernel.SOURCE.replace("* scale *", f"* {wrong} *")
+    assert text != norm_kernel.SOURCE
+    monkeypatch.setenv("PUBLISH_KERNELS", "custom")
+    assert norm_kernel.usable()
+    norm_kernel.usable.cache_clear()
+    monkeypatch.setattr(norm_kernel, "SOURCE", text)
+    with pytest.raises(InputError, match=r"PUBLISH_KERNELS=custom: the norm's kernel is off by"):
+        norm_kernel.usable()
