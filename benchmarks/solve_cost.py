@@ -71,7 +71,10 @@ def main() -> None:
     print(f"peak {peak_memory() / 1e9:.2f} GB on {device_info().device}")
     if args.json:
         args.json.write_text(
-            json.dumps({"device": asdict(device_info()), "rows": rows, "total": total}, indent=1) + "\n"
+            json.dumps(
+                {"device": asdict(device_info()), "factorize_s": seconds, "rows": rows, "total": total}, indent=1
+            )
+            + "\n"
         )
 
 

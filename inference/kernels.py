@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,7 @@ def trusted(check: Callable[[], str | None], by_default: bool = True) -> bool:
 
     check: what is wrong with their results, None if nothing; what it raises is of the compiler. by_default: on a GPU,
     without the setting. PUBLISH_KERNELS=plain keeps to MLX's own operations, PUBLISH_KERNELS=custom asks for all kernels;
-    raises InputError where they cannot be had, or for another value.
+    raises InputError where they cannot be had, or for another value. Without it a fault is one line on stderr.
     """
     wanted = os.environ.get(SETTING)
     if wanted not in (None, "plain", "custom"):
@@ -88,4 +89,6 @@ def trusted(check: Callable[[], str | None], by_default: bool = True) -> bool:
             fault = f"they do not run on this device ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
     if fault and wanted:
         raise InputError(f"{SETTING}=custom: {fault}")
+    if fault:  # slower, and not the same bytes: nobody should have to guess
+        sys.stderr.write(f"GPU kernels of this tool are not used: {fault}\n")
     return not fault

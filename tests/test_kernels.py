@@ -202,12 +202,13 @@ WRONG = {"COST": "total += 2.0f * pivots", "CODES": "floor((sum[i] - bias) / div
 @pytest.mark.parametrize(
     ("kernel", "fault"), [("COST", "wrong"), ("CODES", "wrong"), ("DESCENT", "wrong"), ("CODES", "no program")]
 )
-def test_kernels_that_are_wrong_or_do_not_compile_are_not_used(emulated, monkeypatch, kernel, fault):
+def test_kernels_that_are_wrong_or_do_not_compile_are_not_used(emulated, monkeypatch, capsys, kernel, fault):
     text = getattr(kernels, kernel)
     broken = text.replace(RIGHT[kernel], WRONG[kernel]) if fault == "wrong" else text + "this is no program"
     assert broken != text
     monkeypatch.setattr(kernels, kernel, broken)
     assert not gptq.by_kernels()
+    assert capsys.readouterr().err.startswith("GPU kernels of this tool are not used: they ")
     monkeypatch.setenv("PUBLISH_KERNELS", "custom")
     gptq.by_kernels.cache_clear()
     with pytest.raises(InputError, match=r"PUBLISH_KERNELS=custom: they (give wrong codes|do not run)"):
