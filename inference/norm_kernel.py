@@ -61,7 +61,8 @@ def usable() -> bool:
 def _fault() -> str | None:
     """In the type that models are mostly run in."""
     rng = np.random.default_rng(0)
-    x, y, weight = (mx.array(rng.standard_normal(shape), mx.bfloat16) for shape in ((2, 1, 700), (2, 1, 700), (700,)))
+    shapes = ((2, 1, 700), (2, 1, 700), (700,))
+    x, y, weight = (mx.array(rng.standard_normal(shape).astype(np.float32), mx.bfloat16) for shape in shapes)
     found = (np.array(v.astype(mx.float32)) for v in add_norm(x, y, weight, 1e-6))
     x, y, weight = (np.array(v.astype(mx.float32)) for v in (x, y, weight))
     total = np.array(mx.array(x + y).astype(mx.bfloat16).astype(mx.float32))  # the norm is of what is handed on

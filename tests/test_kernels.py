@@ -175,7 +175,9 @@ def start(w, bits, group):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("bits", "group"), [(4, 64), (3, 32), (8, 128)])
+@pytest.mark.parametrize(
+    ("emulated", "bits", "group"), [("cuda", 4, 64), ("cuda", 3, 32), ("metal", 8, 128)], indirect=["emulated"]
+)
 def test_kernels_find_what_plain_operations_find(emulated, monkeypatch, bits, group):
     w, factor = problem()
     s, b = start(w, bits, group)
@@ -250,7 +252,15 @@ def test_one_norm_serves_weights_of_two_types(emulated):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("family", "compute"), [("qwen3_5", mx.float32), ("qwen3_5", mx.bfloat16), ("llama", mx.float32)], ids=str
+    ("emulated", "family", "compute"),
+    [
+        ("cuda", "qwen3_5", mx.float32),
+        ("cuda", "qwen3_5", mx.bfloat16),
+        ("cuda", "llama", mx.float32),
+        ("metal", "qwen3_5", mx.bfloat16),
+    ],
+    indirect=["emulated"],
+    ids=str,
 )
 def test_a_token_by_the_kernels_is_a_token_without(emulated, monkeypatch, tiny, tmp_path, family, compute):
     """A model decodes the same logits, on one sequence and on two at once."""
