@@ -10,14 +10,16 @@ at least, which is far above what float32 rounds off.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from inference.backend import BACKEND, mx
 from inference.checkpoint import AFFINE_GROUPS
+
+T = TypeVar("T")
 
 # Shrinking of correlations: 0.01, and more where tokens are few for the columns
 DAMPING, DAMPING_SCARCE, DAMPING_MOST = 0.01, 0.1, 0.5
@@ -114,23 +116,29 @@ def _order(root: np.ndarray) -> np.ndarray:
 
 def _upper(c: np.ndarray, damp: float) -> np.ndarray:
     """M upper triangular with M Mᵀ = c; rounding of float32 statistics may have cost c its definiteness."""
-    for extra in EXTRA:
-        try:
-            m = c if not extra else c + np.eye(len(c)) * extra * (1 + damp)
-            return np.ascontiguousarray(np.linalg.cholesky(m[::-1, ::-1])[::-1, ::-1])
-        except np.linalg.LinAlgError:
-            continue
-    return np.eye(len(c))
+
+    def factor(extra: float) -> np.ndarray:
+        m = c if not extra else c + np.eye(len(c)) * extra
+        return np.ascontiguousarray(np.linalg.cholesky(m[::-1, ::-1])[::-1, ::-1])
+
+    found = _damped_until_definite(factor, damp)
+    return np.eye(len(c)) if found is None else found
 
 
 def _lower(c: mx.array, damp: float) -> mx.array:
     """L lower triangular with L Lᵀ = c [K, K]; more damping as in `_upper`."""
+    found = _damped_until_definite(lambda extra: _by_blocks(c, extra), damp)
+    return mx.eye(len(c)) if found is None else found
+
+
+def _damped_until_definite(factor: Callable[[float], T], damp: float) -> T | None:
+    """The first of `factor` of so much added to the diagonal that raises no LinAlgError; None if all do."""
     for extra in EXTRA:
         try:
-            return _by_blocks(c, extra * (1 + damp))
+            return factor(extra * (1 + damp))
         except np.linalg.LinAlgError:
             continue
-    return mx.eye(len(c))
+    return None
 
 
 def _by_blocks(c: mx.array, extra: float) -> mx.array:

@@ -9,7 +9,7 @@ order of float32 sums, and are used where `gptq.by_kernels` finds them right (`i
 from __future__ import annotations
 
 from inference.backend import mx
-from inference.kernels import kernel
+from inference.kernels import Kernel, kernel
 
 TILE = 8  # columns whose sums a thread holds in registers
 GROUP_THREADS, BLOCK_THREADS = 128, 32  # of a thread group; a block has few rows to spread over the device
@@ -50,14 +50,9 @@ GROUP = """
     }
     FINISH
 """
-COST = GROUP.replace("WRITE", "").replace("FINISH", "cost[own] = total;")
-CODES = GROUP.replace(
-    "WRITE", "codes[columns + (OFFSET)j * rows] = q;\n            errors[columns + (OFFSET)j * rows] = e;"
-).replace("FINISH", "")
-
 # Coordinate descent over one block of N columns, everything before it done.
 #   q, pull [E, N, R]; s [E, N / SHARE, R], a scale for SHARE columns; h [E, N, N]; size = (R, 1). codes, moves: [E, N, R].
-DESCENT = """
+BLOCK = """
     const int rows = size[0];
     const int row = ROW, matrix = THIRD;
     if (row >= rows) return;
@@ -96,27 +91,38 @@ def _unrolled(source: str) -> str:
     )
 
 
+COST = _unrolled(GROUP.replace("WRITE", "").replace("FINISH", "cost[own] = total;"))
+CODES = _unrolled(
+    GROUP.replace(
+        "WRITE", "codes[columns + (OFFSET)j * rows] = q;\n            errors[columns + (OFFSET)j * rows] = e;"
+    ).replace("FINISH", "")
+)
+DESCENT = _unrolled(BLOCK)
+GROUP_INPUTS = ("w", "target", "s", "b", "u", "pivots", "size")
+
+
 def costs(w: mx.array, target: mx.array, s: mx.array, b: mx.array, u: mx.array, pivots: mx.array, top: int) -> mx.array:
     """What a group adds to the error under each pair of scale and bias, [E, C, R]; arguments as of `gptq._round_group`."""
-    (e, n, r), c = w.shape, s.shape[1]
-    run = kernel("costs", ("w", "target", "s", "b", "u", "pivots", "size"), ("cost",), _unrolled(COST))
-    return run(
-        inputs=[w, target, s, b, u, pivots, mx.array([r, c], mx.int32)], template=[("N", n), ("TOP", top)], grid=(r, c, e),
-        threadgroup=(GROUP_THREADS, 1, 1), output_shapes=[(e, c, r)], output_dtypes=[mx.float32],
-    )[0]  # fmt: skip
+    run = kernel("costs", GROUP_INPUTS, ("cost",), COST)
+    return _of_group(run, (w, target, s, b, u, pivots), top, [s.shape])[0]
 
 
 def codes(
     w: mx.array, target: mx.array, s: mx.array, b: mx.array, u: mx.array, pivots: mx.array, top: int
 ) -> tuple[mx.array, mx.array]:
     """Codes and errors w − ŵ [E, N, R] of a group under scales and biases [E, 1, R]."""
-    e, n, r = w.shape
-    run = kernel("codes", ("w", "target", "s", "b", "u", "pivots", "size"), ("codes", "errors"), _unrolled(CODES))
-    found = run(
-        inputs=[w, target, s, b, u, pivots, mx.array([r, 1], mx.int32)], template=[("N", n), ("TOP", top)], grid=(r, 1, e),
-        threadgroup=(GROUP_THREADS, 1, 1), output_shapes=[w.shape] * 2, output_dtypes=[mx.float32] * 2,
-    )  # fmt: skip
+    run = kernel("codes", GROUP_INPUTS, ("codes", "errors"), CODES)
+    found = _of_group(run, (w, target, s, b, u, pivots), top, [w.shape] * 2)
     return found[0], found[1]
+
+
+def _of_group(run: Kernel, inputs: tuple[mx.array, ...], top: int, shapes: list[tuple[int, ...]]) -> list[mx.array]:
+    """A kernel of GROUP_INPUTS, a thread for every matrix, pair and row. shapes: of its outputs, float32."""
+    (e, n, r), c = inputs[0].shape, inputs[2].shape[1]
+    return run(
+        inputs=[*inputs, mx.array([r, c], mx.int32)], template=[("N", n), ("TOP", top)], grid=(r, c, e),
+        threadgroup=(GROUP_THREADS, 1, 1), output_shapes=shapes, output_dtypes=[mx.float32] * len(shapes),
+    )  # fmt: skip
 
 
 def descent(q: mx.array, pull: mx.array, s: mx.array, h: mx.array, top: int) -> tuple[mx.array, mx.array]:
@@ -125,7 +131,7 @@ def descent(q: mx.array, pull: mx.array, s: mx.array, h: mx.array, top: int) -> 
     q, pull: [E, N, R]; s: scales [E, N / columns that share one, R]; h: the block's Hessian [E, N, N].
     """
     e, n, r = q.shape
-    run = kernel("descent", ("q", "pull", "s", "h", "size"), ("codes", "moves"), _unrolled(DESCENT))
+    run = kernel("descent", ("q", "pull", "s", "h", "size"), ("codes", "moves"), DESCENT)
     found = run(
         inputs=[q, pull, s, h, mx.array([r, 1], mx.int32)], grid=(r, 1, e), threadgroup=(BLOCK_THREADS, 1, 1),
         template=[("N", n), ("TOP", top), ("SHARE", n // s.shape[1])],

@@ -251,12 +251,12 @@ class Rounded(Weights):
         return self._base.array(name)
 
     def linear(self, module: str) -> Linear:
+        if module in self._once:
+            return self._once[module]
         dense = super().linear(module)
         spec = self._rounded.get(module)
         if spec is None:
             return dense
-        if module in self._once:
-            return self._once[module]
         w, parts = dense.weight, []
         step = max(1, BAND_VALUES // (w.size // w.shape[0]))
         for start in range(0, w.shape[0], step):
