@@ -1,10 +1,11 @@
 """What `publish calibrate` and allocating cost at real shapes on this machine: measured on a few layers, for all of them.
 
-    python benchmarks/calibrate_cost.py WORK [--preset 9b | 35b-a3b] [--layers 8] [--json OUT]
+    python benchmarks/calibrate_cost.py WORK [--preset 9b | 35b-a3b] [--layers 8] [--tokens N [M]] [--json OUT]
 
 Makes a random checkpoint of the preset's shapes in WORK/base (kept and reused), half of its layers recurrent and half
 attention, and runs over it what the command runs: both passes of statistics, at two numbers of tokens, so that what a
-token costs is told from what a layer costs; then the prices. Every step is timed by itself, and a whole model's figure is
+token costs is told from what a layer costs (one number: the statistics are made for what follows, and their cost is not told);
+then the prices. Every step is timed by itself, and a whole model's figure is
 the sum over its layers of what a layer of that kind took, plus the embedding and the output matrix once. Prices of a
 layer stand for those of all of its kind in the allocation of the whole model, which is solved as it is.
 
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--preset", default="9b", choices=WHOLE)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument(
-        "--tokens", type=int, nargs=2, default=(8192, 24576), help="of the two runs; a quarter backwards"
+        "--tokens", type=int, nargs="+", default=(8192, 24576), help="of one run or two; a quarter backwards"
     )
     parser.add_argument("--no-prices", action="store_true")
     parser.add_argument("--probe-tokens", type=int, default=sensitivity.PROBE_TOKENS, help="fewer for a try")
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     base, headers = args.work / "base", args.work / "whole"
-    make(base, args.preset, args.layers, 2)
+    make(base, args.preset, args.layers, 2, "--repeat")
     make(
         headers,
         args.preset,
@@ -156,8 +157,8 @@ class Clock:
         self.times.append(time.perf_counter())
 
 
-def passes(job: Job, work: Path, tokens: tuple[int, int]) -> tuple[Statistics, dict[str, Any]]:
-    """Both passes at two numbers of tokens. Seconds of a step are a + b · tokens."""
+def passes(job: Job, work: Path, tokens: Sequence[int]) -> tuple[Statistics, dict[str, Any]]:
+    """Both passes at each number of tokens. Seconds of a step are a + b · tokens, told from two of these."""
     runs = []
     statistics: Statistics | None = None
     for n in tokens:
@@ -168,6 +169,11 @@ def passes(job: Job, work: Path, tokens: tuple[int, int]) -> tuple[Statistics, d
         runs.append(np.diff(clock.times))
         print(f"statistics of {n} tokens: {sum(runs[-1]):.1f} s, peak {peak_memory() / 1e9:.2f} GB", flush=True)
     assert statistics
+    if len(tokens) == 1:
+        return statistics, {
+            "tokens": list(tokens), "seconds": [round(float(sum(runs[0])), 1)],
+            "peak_device_gb": round(peak_memory() / 1e9, 2), "peak_host_gb": host_peak(),
+        }  # fmt: skip
     names = [
         "embed",
         *("layer" for _ in job.kinds),
@@ -237,8 +243,8 @@ def prices(job: Job, statistics: Statistics) -> tuple[sensitivity.Sensitivity, d
 
     def tick(what: str, done: int, total: int) -> None:
         ticks.append((what, time.perf_counter()))
-        if what == "probes" or done % 16 == 0:
-            print(f"prices: {what} {done}/{total} after {ticks[-1][1] - ticks[0][1]:.1f} s", flush=True)
+        # all of it: a run that is cut off has told what it measured
+        print(f"prices: {what} {done}/{total} after {ticks[-1][1] - ticks[0][1]:.1f} s", flush=True)
 
     reset_peak_memory()
     factors = Timed(moments.factorize, lambda hessian, damp: len(hessian))
@@ -250,9 +256,10 @@ def prices(job: Job, statistics: Statistics) -> tuple[sensitivity.Sensitivity, d
     wall, device = ticks[-1][1] - ticks[0][1], peak_memory()
     chosen = [t for t in job.targets if t.name.endswith(".weight") and known.knows(t.module)]
     took = np.diff([at for _, at in ticks])
-    errors, probes = took[: len(chosen)], took[len(chosen) :]
+    groups = sensitivity.sharing(chosen, known)
+    errors, probes = took[: len(groups)], took[len(groups) :]
     whole_errors, by_class = 0.0, {}
-    for target, seconds in zip(chosen, errors, strict=True):
+    for (target, *_), seconds in zip(groups, errors, strict=True):
         layer = layer_of(target.name)
         name = class_of(target, job.classes).label
         by_class.setdefault(name, []).append(float(seconds))

@@ -350,7 +350,7 @@ def matrices(model: Model, chosen: int) -> tuple[int, float]:
         if linear.weight.ndim == 3:
             experts = mx.random.permutation(linear.weight.shape[0])[:chosen]
             x = mx.random.normal((chosen, 1, columns)).astype(dtype)
-            calls.append(lambda m=linear, x=x, e=experts: m.gather(x, e, False))
+            calls.append(lambda m=linear, x=x, e=experts: m.gather(x, e))
             nbytes += linear.nbytes * chosen // linear.weight.shape[0]
         else:
             x = mx.random.normal((1, 1, columns)).astype(dtype)

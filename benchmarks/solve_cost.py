@@ -1,6 +1,8 @@
 """Seconds that solving takes at the shapes of a real model, on this machine: one tensor of every shape, by every solver.
 
-    python benchmarks/solve_cost.py [--preset 9b] [--bits 4] [--json OUT]
+    python benchmarks/solve_cost.py [--preset 9b | one] [--bits 4] [--json OUT]
+
+`one` is one small matrix, for a CPU.
 
 Weights and Hessians are random (time does not depend on them). The totals multiply each shape by how often it occurs.
 """
@@ -28,8 +30,9 @@ SHAPES = {
         ("gate/up_proj", 12288, 4096, 64, "e"), ("down_proj", 4096, 12288, 32, "f"),
         ("embed/lm_head", 248320, 4096, 2, "g"),
     ],
+    "one": [("matrix", 2048, 1024, 1, "a")],
 }  # fmt: skip
-FACTORS = {"9b": {4096: 24 + 24 + 8 + 8 + 32 + 2, 12288: 32}}
+FACTORS = {"9b": {4096: 24 + 24 + 8 + 8 + 32 + 2, 12288: 32}, "one": {1024: 1}}
 BAND = 16384  # rows at once: 128 MiB of bf16 at 4096 columns
 
 

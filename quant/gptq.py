@@ -34,10 +34,10 @@ from inference.kernels import trusted
 
 from . import kernels
 from .hessians import Factor
+from .kernels import TILE
 from .least_squares import stored
 
 BLOCK = 64  # columns between two matrix products
-AHEAD = 2  # columns that are asked for before they are computed: what waits holds on to what it is made of
 # Scales and biases that `feedback` tries: so many scales, half a step apart at the range's end, and for each so many
 # shifts of the grid, spread over one step. Twice as many left 1 % less error, one alone 3 to 10 % more.
 SCALES, SHIFTS, SCALE_STEP = 5, 9, 0.5
@@ -88,7 +88,7 @@ def feedback(
     s, b = (mx.take_along_axis(x, groups[..., None], axis=1) for x in (scales, biases))
     rows = max(1, CHOICE_BYTES // (4 * n * (SCALES * SHIFTS if choose else 1) * len(w)))  # at once
     codes: list[mx.array] = []
-    errors: list[mx.array] = []
+    errors: list[mx.array] = []  # of all columns so far, in few pieces
     chosen: list[tuple[mx.array, mx.array]] = []
     asked: Asked = ()
     for g in range(s.shape[1]):
@@ -110,11 +110,19 @@ def feedback(
                 mx.eval(parts[-1])
             q, e, s1, b1 = (mx.concatenate(list(x), axis=-1) for x in zip(*parts, strict=True))
         codes.append(q)
-        errors.append(e)
+        _append(errors, e)
         chosen.append((s1, b1))
     back = mx.argsort(groups, axis=1)[..., None]
     s, b = (mx.take_along_axis(mx.stack(list(x), axis=1), back, axis=1) for x in zip(*chosen, strict=True))
     return mx.take_along_axis(mx.concatenate(codes, axis=1), factor.inverse[..., None], axis=1), s, b
+
+
+def _append(pieces: list[mx.array], piece: mx.array) -> None:
+    """Add columns behind others, joining pieces of one size: as many are left as there are bits in the number of groups.
+    Hundreds joined anew for every group are as many launches."""
+    pieces.append(piece)
+    while len(pieces) > 1 and pieces[-1].shape[1] == pieces[-2].shape[1]:
+        pieces[-2:] = [mx.concatenate(pieces[-2:], axis=1)]
 
 
 def _choices(s: mx.array, b: mx.array, top: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -132,23 +140,31 @@ def _round_group(
 
     w, target: [E, n, R]; s, b: [E, C, R] to choose from; u: [E, n, n]; pivots: [E, n].
     """
-    n, limit = w.shape[1], mx.array(float(top))
-    rest = mx.repeat(target[:, :, None], s.shape[1], axis=2)
+    (matrices, n, r), c, limit = w.shape, s.shape[1], mx.array(float(top))
     cost = mx.zeros(s.shape)
-    found = []
-    for j in range(n):
-        q, e, cost = _round(rest[:, 0], w[:, j, None], s, b, limit, pivots[:, j, None, None], cost)
-        found.append((q, e))
-        if j + 1 < n:
-            rest = _add_outer(rest[:, 1:], u[:, j, j + 1 :, None, None], e[:, None])
-        if j % AHEAD == 0:
-            mx.async_eval(rest, cost, q, e)
+    codes: list[mx.array] = []
+    moved: list[mx.array] = []  # errors of the tiles so far, in few pieces
+    for i in range(0, n, TILE):
+        end = min(n, i + TILE)
+        rest = mx.broadcast_to(target[:, i:end, None], (matrices, end - i, c, r))
+        if i:  # what a tile gets from those before is a matrix product, not a sweep over memory for every column
+            before = mx.concatenate(moved, axis=1).reshape(matrices, i, c * r)
+            rest = rest + (u[:, :i, i:end].swapaxes(1, 2) @ before).reshape(rest.shape)
+        errors = []
+        for j in range(i, end):
+            q, e, cost = _round(rest[:, 0], w[:, j, None], s, b, limit, pivots[:, j, None, None], cost)
+            codes.append(q)
+            errors.append(e)
+            if j + 1 < end:
+                rest = _add_outer(rest[:, 1:], u[:, j, j + 1 : end, None, None], e[:, None])
+        _append(moved, mx.stack(errors, axis=1))
+        mx.async_eval(moved, cost, codes[-1])
     best = mx.argmin(cost, axis=1)[:, None]  # [E, 1, R]
-    codes, errors = (mx.stack(list(x), axis=1) for x in zip(*found, strict=True))
-    every = mx.broadcast_to(best[:, None], (len(w), n, 1, w.shape[2]))
-    codes, errors = (mx.take_along_axis(x, every, axis=2)[:, :, 0] for x in (codes, errors))
+    every = mx.broadcast_to(best[:, None], (matrices, n, 1, r))
+    both = (mx.stack(codes, axis=1), mx.concatenate(moved, axis=1))
+    q, e = (mx.take_along_axis(x, every, axis=2)[:, :, 0] for x in both)
     s, b = (mx.take_along_axis(x, best, axis=1)[:, 0] for x in (s, b))
-    return codes, errors, s, b
+    return q, e, s, b
 
 
 def _round_group_by_kernels(

@@ -83,9 +83,9 @@ def measure(
     tick = progress or (lambda what, done, total: None)
     chosen = [t for t in targets if t.part == "text" and t.name.endswith(".weight") and known.knows(t.module)]
     raw: dict[str, dict[str, float]] = {}
-    for n, target in enumerate(chosen):
-        raw[target.module] = _costs(target, known, solver)
-        tick("errors", n + 1, len(chosen))
+    for together in sharing(chosen, known):
+        raw |= _costs(together, known, solver)
+        tick("errors", len(raw), len(chosen))
     labels = {t.module: class_of(t, classes).label for t in chosen}
     probes, tokens = _probes(folder, chosen, labels, raw, known, windows, solver, tick)
     factors = {(p.label, p.bits): _factor(p) for p in probes}
@@ -103,20 +103,31 @@ def formats(columns: int) -> list[QuantSpec]:
 # ------------------------------------------------------------------------------------------------ errors of formats
 
 
-def _costs(target: Target, known: FromStatistics, solver: str) -> dict[str, float]:
-    """Cost of every format by the solver that will build."""
-    columns = target.shape[-1]
+def sharing(targets: Sequence[Target], known: FromStatistics) -> list[list[Target]]:
+    """Targets by objective: q, k and v have one, and gate and up, wherever they lie in the files."""
+    found: dict[object, list[Target]] = {}
+    for t in targets:
+        found.setdefault((known.statistics.objective_name(t.module), t.shape[:-2], t.dtype), []).append(t)
+    return list(found.values())
+
+
+def _costs(targets: Sequence[Target], known: FromStatistics, solver: str) -> dict[str, dict[str, float]]:
+    """Cost of every format by the solver that will build, by module. The targets share their objective: rows of all of them
+    are solved together, since what a GPU takes for a few columns hardly depends on the rows."""
+    columns = targets[0].shape[-1]
     main = _group(columns)
-    measured: dict[QuantSpec, float] = {}  # by least squares
-    solved: dict[int, float] = {}  # by the Hessian solver, at GROUP_BITS
-    samples = sample(target, ROWS)
-    for rows, weights, expert in samples:
+    measured: dict[QuantSpec, np.ndarray] = {}  # by least squares, of each target
+    solved: dict[int, np.ndarray] = {}  # by the Hessian solver, at GROUP_BITS
+    taken = list(zip(*(sample(t, ROWS) for t in targets), strict=True))  # an expert of each, or all that there is
+    for pieces in taken:
+        expert = pieces[0][2]
         part = slice(expert, expert + 1) if expert is not None else None
-        moments = known.moments(target.module, part, None, solver == "gptq")
-        price = _Price(known, target.module, rows, expert, len(samples))
+        moments = known.moments(targets[0].module, part, None, solver == "gptq")
+        price = _Price(known, targets, [rows for rows, _, _ in pieces], expert, len(taken))
+        weights = mx.concatenate([w for _, w, _ in pieces])
         x = weights[None] if expert is not None else weights
 
-        def cost(spec: QuantSpec, by: str) -> float:
+        def cost(spec: QuantSpec, by: str) -> np.ndarray:
             left = restored(solve(x, moments, spec, by, QUICK), spec)  # noqa: B023
             return price(weights, left[0] if left.ndim == 3 else left)  # noqa: B023
 
@@ -125,12 +136,13 @@ def _costs(target: Target, known: FromStatistics, solver: str) -> dict[str, floa
                 measured[spec] = measured.get(spec, 0.0) + cost(spec, "ls")
             if spec.bits == GROUP_BITS and solver == "gptq":
                 solved[spec.group_size] = solved.get(spec.group_size, 0.0) + cost(spec, "gptq")
-    at_main = max(measured[QuantSpec(GROUP_BITS, main)], 1e-30)
-    out = {}
+    at_main = np.maximum(measured[QuantSpec(GROUP_BITS, main)], 1e-30)
+    out: dict[str, dict[str, float]] = {t.module: {} for t in targets}
     for spec in formats(columns):
         by_least_squares = measured[QuantSpec(GROUP_BITS, spec.group_size)]
-        left = min(solved.get(spec.group_size, by_least_squares), by_least_squares)
-        out[label(spec)] = measured[QuantSpec(spec.bits, main)] * left / at_main
+        left = np.minimum(solved.get(spec.group_size, by_least_squares), by_least_squares)
+        for target, value in zip(targets, measured[QuantSpec(spec.bits, main)] * left / at_main, strict=True):
+            out[target.module][label(spec)] = float(value)
     return out
 
 
@@ -139,24 +151,44 @@ def _group(columns: int) -> int:
 
 
 class _Price:
-    """½ c Σ_o fisher_o ΔW_o H ΔW_oᵀ of the sampled rows, scaled up to all of the tensor's."""
+    """½ c Σ_o fisher_o ΔW_o H ΔW_oᵀ of the sampled rows of targets with one H, each scaled up to all of its target's."""
 
-    def __init__(self, known: FromStatistics, module: str, rows: np.ndarray, expert: int | None, samples: int) -> None:
-        objective = known.objective(module, expert)
-        fisher = objective.rows
-        # sampled rows and experts stand for the others in proportion to what those are worth
-        worth = float(fisher.sum()) / max(float(fisher[rows].sum()), 1e-30)
-        self.scale = 0.5 * objective.coherence * worth * objective.share / samples
-        self.hessian, self.fisher = mx.array(objective.hessian), mx.array(fisher[rows])
-        self.second, self.second_g = mx.array(objective.second), mx.array(objective.second_g)
+    def __init__(
+        self,
+        known: FromStatistics,
+        targets: Sequence[Target],
+        rows: Sequence[np.ndarray],
+        expert: int | None,
+        samples: int,
+    ) -> None:
+        """rows: sampled of each target, of one expert out of `samples` if they are stacked."""
+        self.parts: list[tuple[slice, mx.array, mx.array, mx.array]] = []
+        self.scales: list[float] = []
+        start = 0
+        for target, sampled in zip(targets, rows, strict=True):
+            objective = known.objective(target.module, expert)
+            fisher = objective.rows
+            # sampled rows and experts stand for the others in proportion to what those are worth
+            worth = float(fisher.sum()) / max(float(fisher[sampled].sum()), 1e-30)
+            if not self.parts:
+                self.hessian = mx.array(objective.hessian)
+            part = slice(start, start := start + len(sampled))
+            self.scales.append(0.5 * objective.coherence * worth * objective.share / samples)
+            self.parts.append(
+                (part, mx.array(fisher[sampled]), mx.array(objective.second), mx.array(objective.second_g))
+            )
 
-    def __call__(self, weights: mx.array, restored: mx.array) -> float:
+    def __call__(self, weights: mx.array, restored: mx.array) -> np.ndarray:
+        """weights, restored: rows of all targets behind each other, [Σ r, K] → nats a token, of each target"""
         e = weights.astype(mx.float32) - restored
-        square = mx.square(e)
-        whole = (((e @ self.hessian) * e).sum(axis=-1) * self.fisher).sum()
-        apart = ((square @ self.second) * self.fisher).sum()
-        own = ((square @ self.second_g) * self.fisher).sum()
-        return self.scale * float(own * whole / mx.maximum(apart, 1e-30))
+        along, square = ((e @ self.hessian) * e).sum(axis=-1), mx.square(e)
+        found = []
+        for part, fisher, second, second_g in self.parts:
+            whole = (along[part] * fisher).sum()
+            apart = ((square[part] @ second) * fisher).sum()
+            own = ((square[part] @ second_g) * fisher).sum()
+            found.append(own * whole / mx.maximum(apart, 1e-30))
+        return np.array(mx.stack(found)).astype(np.float64) * self.scales
 
 
 def _monotone(costs: dict[str, float]) -> dict[str, float]:

@@ -3,7 +3,8 @@
 # Bump it, with the reason, when the bytes of any output change.
 # 1: round to nearest; folds in float32, rounded once
 # 2: matrices that a solver quantizes undo the rounding of the norm they read; gptq chooses scales while it feeds errors on
-QUANT_VERSION = 2
+# 3: gptq adds up the errors of a group's columns in another order
+QUANT_VERSION = 3
 
 SOLVERS = ("rtn", "ls", "gptq")  # `quant.solve`: round to nearest; least squares; GPTQ with coordinate descent
 # Bump it, with the reason, when the same statistics would give other prices (`quant.sensitivity`).

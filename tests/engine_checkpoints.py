@@ -1,4 +1,4 @@
-"""Small checkpoints for the engine's tests: a random MoE base, and variants made with nothing but `mx.quantize`."""
+"""Small checkpoints for the engine's tests: random bases, and variants made with nothing but `mx.quantize`."""
 
 from __future__ import annotations
 
@@ -41,11 +41,32 @@ MOE_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+DENSE_CONFIG: dict[str, Any] = {
+    **MOE_CONFIG,
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "text_config": {
+        **{k: v for k, v in MOE_CONFIG["text_config"].items() if "expert" not in k and "moe" not in k},
+        "model_type": "qwen3_5_text",
+        "intermediate_size": 128,
+    },
+}
+
+
 def write_moe(folder: Path, seed: int = 0) -> Path:
     """A random MoE checkpoint in the original layout, bfloat16, without vision tower and MTP head."""
+    return _write(folder, MOE_CONFIG, seed)
+
+
+def write_dense(folder: Path, seed: int = 0) -> Path:
+    """The same without experts."""
+    return _write(folder, DENSE_CONFIG, seed)
+
+
+def _write(folder: Path, config: dict[str, Any], seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     mx.random.seed(seed)
-    cfg = read_config(MOE_CONFIG)
+    cfg = read_config(config)
     tensors: dict[str, mx.array] = {}
     for name, shape in text_shapes(cfg).items():
         if name.endswith("A_log"):
@@ -61,7 +82,7 @@ def write_moe(folder: Path, seed: int = 0) -> Path:
             x = mx.random.normal(shape) * 1.5 * fan_in**-0.5
         tensors[name] = x.astype(mx.float32 if name.endswith("A_log") else mx.bfloat16)
     mx.save_safetensors(str(folder / "model.safetensors"), _original_layout(tensors), {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(MOE_CONFIG, indent=1), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return folder
 
 

@@ -99,7 +99,23 @@ def prices_of(base, known, module, solver):
     target = next(t for t in names_of(checkpoint.config).targets(checkpoint) if t.module == module)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quant.sensitivity, "ROWS", 32)
-        return quant.sensitivity._costs(target, known, solver)
+        return quant.sensitivity._costs([target], known, solver)[module]
+
+
+def test_matrices_of_one_input_are_priced_together_as_each_alone(tiny, dense):
+    targets, known, _ = dense
+    chosen = [t for t in targets if t.name.endswith(".weight") and known.knows(t.module)]
+    together = quant.sensitivity.sharing(chosen, known)
+    assert sorted(t.name for group in together for t in group) == sorted(t.name for t in chosen)
+    names = {tuple(sorted(t.module.rpartition(".")[2] for t in group)) for group in together}
+    assert ("k_proj", "q_proj", "v_proj") in names
+    assert ("gate_proj", "up_proj") in names
+    gate_up = next(g for g in together if f"{LAYER}0.mlp.gate_proj" in {t.module for t in g})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant.sensitivity, "ROWS", 32)
+        found = quant.sensitivity._costs(gate_up, known, "gptq")
+    for target in gate_up:
+        assert found[target.module] == pytest.approx(prices_of(tiny, known, target.module, "gptq"), rel=1e-4)
 
 
 def test_experts_are_priced_together_and_the_hessian_solver_costs_less(tmp_path):
@@ -159,7 +175,7 @@ def test_the_hessian_solver_is_priced_at_every_group_size(tiny, dense):
     checkpoint = read_checkpoint(tiny)
     target = next(t for t in names_of(checkpoint.config).targets(checkpoint) if t.module == module)
     ((rows, w, _),) = sample(target, 32)
-    price = quant.sensitivity._Price(known, module, rows, None, 1)
+    price = quant.sensitivity._Price(known, [target], [rows], None, 1)
     moments = known.moments(module, None, None, True)
     for group in (32, 64, 128):
         spec = QuantSpec(4, group)

@@ -177,6 +177,14 @@ def test_never_worse_than_nearest_on_its_own_objective(kind, dtype, solver):
             assert (losses(x, p, spec, moments, solver) <= nearest * (1 + 1e-4) + 1e-36).all()
 
 
+def test_columns_of_many_groups_are_kept_in_few_pieces():
+    pieces: list[mx.array] = []
+    for g in range(1, 101):
+        gptq._append(pieces, mx.full((1, 2, 3), g))
+        assert len(pieces) == g.bit_count()
+    assert mx.concatenate(pieces, axis=1)[0, ::2, 0].tolist() == list(range(1, 101))
+
+
 @pytest.mark.parametrize("kind", hard_hessians())
 def test_a_degenerate_hessian_is_factorized(kind):
     hessian = hard_hessians()[kind]
