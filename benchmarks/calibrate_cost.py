@@ -58,11 +58,16 @@ def main() -> None:
     )
     parser.add_argument("--no-prices", action="store_true")
     parser.add_argument("--probe-tokens", type=int, default=sensitivity.PROBE_TOKENS, help="fewer for a try")
+    parser.add_argument(
+        "--repeat", action="store_true", help="weights repeat: made in seconds, no sense in experts' errors"
+    )
     parser.add_argument("--make", action="store_true", help="write the checkpoints, measure nothing")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if len(args.tokens) > 2:
+        parser.error("--tokens: one number or two")
     base, headers = args.work / "base", args.work / "whole"
-    make(base, args.preset, args.layers, 2, "--repeat")
+    make(base, args.preset, args.layers, 2, *(["--repeat"] if args.repeat else []))
     make(
         headers,
         args.preset,
@@ -259,9 +264,9 @@ def prices(job: Job, statistics: Statistics) -> tuple[sensitivity.Sensitivity, d
     groups = sensitivity.sharing(chosen, known)
     errors, probes = took[: len(groups)], took[len(groups) :]
     whole_errors, by_class = 0.0, {}
-    for (target, *_), seconds in zip(groups, errors, strict=True):
-        layer = layer_of(target.name)
-        name = class_of(target, job.classes).label
+    for group, seconds in zip(groups, errors, strict=True):
+        layer = layer_of(group[0].name)
+        name = " + ".join(dict.fromkeys(class_of(t, job.classes).label for t in group))
         by_class.setdefault(name, []).append(float(seconds))
         whole_errors += seconds * (job.count(job.kinds[layer]) if layer is not None else 1)
     embedded, layers, compared = probes[0], probes[1 : len(job.kinds) + 1], probes[len(job.kinds) + 1 :]

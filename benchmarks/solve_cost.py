@@ -75,7 +75,14 @@ def main() -> None:
     if args.json:
         args.json.write_text(
             json.dumps(
-                {"device": asdict(device_info()), "factorize_s": seconds, "rows": rows, "total": total}, indent=1
+                {
+                    "device": asdict(device_info()),
+                    "factorize_s": seconds,
+                    "rows": rows,
+                    "total": total,
+                    "peak_gb": round(peak_memory() / 1e9, 2),
+                },
+                indent=1,
             )
             + "\n"
         )

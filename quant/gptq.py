@@ -41,7 +41,7 @@ BLOCK = 64  # columns between two matrix products
 # Scales and biases that `feedback` tries: so many scales, half a step apart at the range's end, and for each so many
 # shifts of the grid, spread over one step. Twice as many left 1 % less error, one alone 3 to 10 % more.
 SCALES, SHIFTS, SCALE_STEP = 5, 9, 0.5
-# of float32 that a group's columns take under all of them, about four times live at once: 12,288 rows of a GPU's band
+# of float32 that a group's columns take under all of them, about five times live at once: 12,288 rows of a GPU's band
 CHOICE_BYTES = (16 if BACKEND == "cpu" else 144) << 20
 ROUNDS = 3  # of refit and descent after the first descent; a fourth gained under 0.3 % of e
 

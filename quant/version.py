@@ -7,7 +7,7 @@
 QUANT_VERSION = 3
 
 SOLVERS = ("rtn", "ls", "gptq")  # `quant.solve`: round to nearest; least squares; GPTQ with coordinate descent
-# Bump it, with the reason, when the same statistics would give other prices (`quant.sensitivity`).
+# Bump it, with the reason, when the same statistics would give other prices (`quant.sensitivity`), last bits of a sum aside.
 # 1: second order on sampled rows, a factor a class from probes at 2 and 4 bits
 # 2: probes over windows spread over the text, twice as many, in place of its first
 # 3: gptq leaves less

@@ -130,6 +130,7 @@ class Emulator:
         given = ", ".join(arguments)
         body = "\n".join(["", *of_template, self.source, ""])
         waits = any(word in self.source for word in ("__syncthreads", "threadgroup_barrier"))
+        assert waits or not re.search(r"\b(__shared__|threadgroup)\b", self.source), "shared, and nobody waits"
         driver = DRIVER.replace("RUN", SIDE_BY_SIDE if waits else ONE_BY_ONE).replace("ARGUMENTS", given)
         driver = driver.replace("NAMES", ", ".join((*self.inputs, *self.outputs)))
         text = f"static void one({given}) {{{body}}}\n{driver}"

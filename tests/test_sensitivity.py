@@ -118,6 +118,20 @@ def test_matrices_of_one_input_are_priced_together_as_each_alone(tiny, dense):
         assert found[target.module] == pytest.approx(prices_of(tiny, known, target.module, "gptq"), rel=1e-4)
 
 
+def test_experts_of_one_input_are_priced_together_as_each_alone(tmp_path):
+    base = write_moe(tmp_path / "moe")
+    known = FromStatistics(collect(base, tmp_path, windows(4), fisher_tokens=10**6))
+    checkpoint = read_checkpoint(base)
+    modules = [f"{LAYER}0.mlp.switch_mlp.{p}_proj" for p in ("gate", "up")]
+    stacks = [t for t in names_of(checkpoint.config).targets(checkpoint) if t.module in modules]
+    assert [len(g) for g in quant.sensitivity.sharing(stacks, known)] == [2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant.sensitivity, "ROWS", 32)
+        found = quant.sensitivity._costs(stacks, known, "gptq")
+    for module in modules:
+        assert found[module] == pytest.approx(prices_of(base, known, module, "gptq"), rel=1e-4)
+
+
 def test_experts_are_priced_together_and_the_hessian_solver_costs_less(tmp_path):
     base = write_moe(tmp_path / "moe")
     known = FromStatistics(collect(base, tmp_path, windows(4), fisher_tokens=10**6))
