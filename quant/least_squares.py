@@ -31,16 +31,16 @@ def fit(
     low, high = SPANS[bits]
     factors = [mx.array(low + (high - low) * i / (steps - 1)) for i in range(steps)]
     top = mx.array(float(2**bits - 1))
-    total = (v * mx.ones_like(x)).sum(axis=-1, keepdims=True)
+    fixed = ((v * mx.ones_like(x)).sum(axis=-1, keepdims=True), (v * x).sum(axis=-1, keepdims=True))  # Σ v, Σ v x
     best = (*start, _error(x, v, *start, top).sum(axis=-1, keepdims=True))
     lo, hi = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
     for a in factors:
         for c in factors:
             s, b = _span(lo, hi, a, c, top)
-            best = _improve(x, v, total, s, b, best, top, dtype)
+            best = _improve(x, v, fixed, s, b, best, top, dtype)
         mx.eval(best)
     for _ in range(ALTERNATIONS):
-        best = _improve(x, v, total, best[0], best[1], best, top, dtype)
+        best = _improve(x, v, fixed, best[0], best[1], best, top, dtype)
     mx.eval(best)
     return best[0], best[1]
 
@@ -54,12 +54,18 @@ Best = tuple[mx.array, mx.array, mx.array]  # scale, bias, error
 
 
 def _improve(
-    x: mx.array, v: mx.array, total: mx.array, s: mx.array, b: mx.array, best: Best, top: mx.array, dtype: mx.Dtype
+    x: mx.array,
+    v: mx.array,
+    fixed: tuple[mx.array, mx.array],
+    s: mx.array,
+    b: mx.array,
+    best: Best,
+    top: mx.array,
+    dtype: mx.Dtype,
 ) -> Best:
-    """Codes by (s, b), the pair that fits them, as stored; the better of that and `best`."""
-    _, vq, vqq, vqx, vx = _products(x, v, s, b, top)
-    sums = (vq, vqq, vqx, vx)
-    s1, b1 = _solve(s, b, total, *(t.sum(axis=-1, keepdims=True) for t in sums))
+    """Codes by (s, b), the pair that fits them, as stored; the better of that and `best`. fixed: Σ v and Σ v x."""
+    q, qq, qx = (t.sum(axis=-1, keepdims=True) for t in _products(x, v, s, b, top))
+    s1, b1 = _solve(s, b, fixed[0], q, qq, qx, fixed[1])
     s1, b1 = stored(s1, dtype), stored(b1, dtype)
     e = _error(x, v, s1, b1, top).sum(axis=-1, keepdims=True)
     return _choose(s1, b1, e, *best)
@@ -80,9 +86,10 @@ def _span(lo: mx.array, hi: mx.array, a: mx.array, c: mx.array, top: mx.array) -
 
 @fused
 def _products(x: mx.array, v: mx.array, s: mx.array, b: mx.array, top: mx.array) -> tuple[mx.array, ...]:
+    """v q, v q² and v q x, q the codes."""
     q = mx.clip(mx.round((x - b) / mx.where(s == 0, 1.0, s)), 0, top)
     vq = v * q
-    return q, vq, vq * q, vq * x, v * x
+    return vq, vq * q, vq * x
 
 
 @fused
