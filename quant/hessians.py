@@ -151,7 +151,7 @@ def _by_blocks(c: mx.array, extra: float) -> mx.array:
     columns = []
     for i in range(0, k, FACTOR_BLOCK):
         n = min(FACTOR_BLOCK, k - i)
-        # a copy first: of a view the whole matrix would go to the host
+        # a copy: a view is of the whole matrix, and no more than the block is to go to the host
         block = np.array(mx.contiguous(c[:n, :n])).astype(np.float64) + extra * np.eye(n)
         if not np.isfinite(block).all():
             raise np.linalg.LinAlgError
