@@ -97,9 +97,13 @@ def prices_of(base, known, module, solver):
     """Formats of one module by the solver, without probes."""
     checkpoint = read_checkpoint(base)
     target = next(t for t in names_of(checkpoint.config).targets(checkpoint) if t.module == module)
+    return prices_together([target], known, solver)[module]
+
+
+def prices_together(targets, known, solver):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quant.sensitivity, "ROWS", 32)
-        return quant.sensitivity._costs([target], known, solver)[module]
+        return quant.sensitivity._costs(targets, known, solver)
 
 
 def test_matrices_of_one_input_are_priced_together_as_each_alone(tiny, dense):
@@ -111,9 +115,7 @@ def test_matrices_of_one_input_are_priced_together_as_each_alone(tiny, dense):
     assert ("k_proj", "q_proj", "v_proj") in names
     assert ("gate_proj", "up_proj") in names
     gate_up = next(g for g in together if f"{LAYER}0.mlp.gate_proj" in {t.module for t in g})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quant.sensitivity, "ROWS", 32)
-        found = quant.sensitivity._costs(gate_up, known, "gptq")
+    found = prices_together(gate_up, known, "gptq")
     for target in gate_up:
         assert found[target.module] == pytest.approx(prices_of(tiny, known, target.module, "gptq"), rel=1e-4)
 
@@ -125,9 +127,7 @@ def test_experts_of_one_input_are_priced_together_as_each_alone(tmp_path):
     modules = [f"{LAYER}0.mlp.switch_mlp.{p}_proj" for p in ("gate", "up")]
     stacks = [t for t in names_of(checkpoint.config).targets(checkpoint) if t.module in modules]
     assert [len(g) for g in quant.sensitivity.sharing(stacks, known)] == [2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quant.sensitivity, "ROWS", 32)
-        found = quant.sensitivity._costs(stacks, known, "gptq")
+    found = prices_together(stacks, known, "gptq")
     for module in modules:
         assert found[module] == pytest.approx(prices_of(base, known, module, "gptq"), rel=1e-4)
 
