@@ -76,7 +76,10 @@ class Dense:
         if sorting is not None and sorting.places is not None:
             dense = x[:, 0][sorting.rows].reshape(weight.shape[0], -1, x.shape[-1]) @ weight
             return dense.reshape(-1, 1, weight.shape[-1])[sorting.places]
-        return mx.gather_mm(x, weight, rhs_indices=experts, sorted_indices=sorting is not None)
+        if sorting is None:
+            return mx.gather_mm(x, weight, rhs_indices=experts)
+        y = mx.gather_mm(_row_by_row(x), weight, rhs_indices=experts, sorted_indices=True)
+        return _row_by_row(y)  # the derivative is another such product, of what comes back through here
 
     def rows(self, ids: mx.array) -> mx.array:
         """[...] → [..., in]"""
@@ -137,6 +140,16 @@ class Packed:
     def _dequantize(self, weight: mx.array, scales: mx.array, biases: mx.array | None) -> mx.array:
         s = self.spec
         return mx.dequantize(weight, scales, biases, s.group_size, s.bits, mode=s.mode, dtype=self.dtype)
+
+
+def _row_by_row(x: mx.array) -> mx.array:
+    """[R, 1, n], the same with strides (n, n, 1), and so its derivative.
+
+    An axis put in by `[:, None]` has stride 1. The kernels of a sorted `gather_mm` take it for the distance between rows
+    (ml-explore/mlx#4253: Metal's until 0.32.1, CUDA's in 0.32.4): all but the first row of each expert come out wrong.
+    `contiguous` keeps these strides, as nothing is out of order.
+    """
+    return x.reshape(-1, x.shape[-1]).reshape(-1, 1, x.shape[-1])
 
 
 def _plus(y: mx.array, bias: mx.array | None) -> mx.array:

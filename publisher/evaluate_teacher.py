@@ -30,7 +30,8 @@ from .schema import Continuations, Divergence, Greedy, Teacher
 from .store import digest, read_result, sha256_file, write_bytes, write_model
 
 # Bump with a reason when the same base would give other states.
-TEACHER_VERSION = 1
+# 2: on CUDA some rows of experts had been others' (`inference.linear`)
+TEACHER_VERSION = 2
 COMPUTE = "float32"
 BATCH_TOKENS = 2048  # of windows that pass a layer together, padding included
 WAVE_TOKENS = 1 << 17  # whose states are in memory together: 2 GB at a hidden size of 4096

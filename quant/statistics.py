@@ -42,7 +42,8 @@ from inference.errors import CheckpointError, InputError
 
 # What the arrays mean; bump it, with the reason, when the same text would give others.
 # 1: second moments, Hessians, fisher with sampled labels
-STATISTICS_VERSION = 1
+# 2: on CUDA experts with many more tokens than others had read other rows than their own
+STATISTICS_VERSION = 2
 EMBEDDING = "fisher-embed.safetensors"
 BLOCK = 512  # rows of a Hessian stored together
 KAPPA = 256  # tokens that the average over a layer's experts counts for, beside an expert's own

@@ -17,7 +17,7 @@ from inference.families import names_of
 from inference.qwen3_5.names import read_config, text_shapes
 from publisher.evaluate_figures import divergence, greedy
 from publisher.plan import build_inputs, plan_variant, select_targets
-from publisher.protocol import QUALITY_VERSION, calibration_hash, quality_settings
+from publisher.protocol import BENCH_VERSION, QUALITY_VERSION, SMOKE_VERSION, calibration_hash, quality_settings
 from publisher.schema import (
     BaseInput,
     Baseline,
@@ -203,7 +203,7 @@ def speed(decode: float) -> Speed:
 
 def bench(manifest: Manifest, decode: float, bf16: Speed | float = 20.8, device: Device = M3, **change: Any) -> Bench:
     return Bench(
-        version=1, weights_hash=manifest.weights_hash, base_hash="b", run="r1", settings="s", protocol=BenchSpec(),
+        version=BENCH_VERSION, weights_hash=manifest.weights_hash, base_hash="b", run="r1", settings="s", protocol=BenchSpec(),
         compute="float32" if device.backend == "cpu" else "bfloat16", variant=speed(decode), 
         bf16=bf16 if isinstance(bf16, Speed) else speed(bf16), device=device, measured_at="2026-11-21T10:00:00+00:00",
     ).model_copy(update=change)  # fmt: skip
@@ -218,8 +218,8 @@ def smoke(manifest: Manifest, kld: float | None, device: Device = M3, **change: 
         Check(name="repetition", passed=None, detail="base not compared: it needs 19.3 GB"),
     ]
     return Smoke(
-        version=1, weights_hash=manifest.weights_hash, base_hash="b", settings="s", ceiling=0.5, passed=kld is not None,
-        kld=kld, kld_tokens=512, checks=checks, samples=["a None /home/x"], device=device,
+        version=SMOKE_VERSION, weights_hash=manifest.weights_hash, base_hash="b", settings="s", ceiling=0.5,
+        passed=kld is not None, kld=kld, kld_tokens=512, checks=checks, samples=["a None /home/x"], device=device,
         measured_at="2026-11-20T09:30:00+00:00",
     ).model_copy(update=change)  # fmt: skip
 

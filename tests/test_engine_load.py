@@ -102,6 +102,27 @@ def test_rows_sorted_by_expert_are_multiplied_by_their_own(monkeypatch):
             assert mx.allclose(a[0], b[0], atol=1e-5)
 
 
+def test_sorted_rows_are_handed_over_with_the_strides_of_rows(monkeypatch):
+    """A view's axis of stride 1 makes kernels of a sorted product read other rows (ml-explore/mlx#4253): CUDA's to this day."""
+    strides, gather_mm = [], mx.gather_mm
+
+    def recorded(x, *args, **options):
+        mx.eval(x)
+        strides.append(memoryview(x).strides)
+        return gather_mm(x, *args, **options)
+
+    monkeypatch.setattr(mx, "gather_mm", recorded)
+    monkeypatch.setattr(linear, "UNPACK_ROWS", None)  # rows by expert, but no places
+    dense, experts, rows = Dense(mx.random.normal((3, 5, 16))), mx.array([2, 0, 0, 1, 0]), mx.random.normal((5, 16))
+    sorting = Sorting.of(experts, 3)
+    x = rows[sorting.order][:, None]
+    mx.eval(x)
+    assert memoryview(x).strides[1] == 4  # what would be read as the distance of two rows
+    y = dense.gather(x, experts[sorting.order], sorting)[:, 0]
+    assert strides == [(64, 64, 4)]
+    assert mx.allclose(y[mx.argsort(sorting.order)], (dense.weight[experts] @ rows[..., None])[..., 0], atol=1e-5)
+
+
 def test_original_layout_gives_the_same_logits(moe, tmp_path):
     """Fused experts, [C, 1, K] conv and w for 1 + w, which is exact in bfloat16 for this checkpoint."""
     variant = load(write_variant(moe, tmp_path / "v", None))

@@ -24,7 +24,7 @@ from publisher.schema import CalibrationRecord, Costs, FileEntry, StatisticsInpu
 from publisher.sizes import CONTEXT, Facts, nominal_bits, parse_size, text_budget, workspace_bound
 from publisher.store import write_model
 from publisher.variants import load_project
-from quant.statistics import Statistics
+from quant.statistics import STATISTICS_VERSION, Statistics
 from quant.version import SENSITIVITY_VERSION
 
 LADDER = """\
@@ -92,9 +92,9 @@ def statistics(folder: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     (out / one.file).touch()
     record = CalibrationRecord(
-        version=1, key=key, base="", base_hash=source, texts=[], tokens=0, windows=0, context=0, fisher_windows=0,
-        fisher_tokens=0, gradient_hessian=False, seed=0, inputs=[one], files=[file], wall_s=0, resumed_steps=0, peak_gb=0,
-        device=DEVICE, made_at="",
+        version=STATISTICS_VERSION, key=key, base="", base_hash=source, texts=[], tokens=0, windows=0, context=0,
+        fisher_windows=0, fisher_tokens=0, gradient_hessian=False, seed=0, inputs=[one], files=[file], wall_s=0,
+        resumed_steps=0, peak_gb=0, device=DEVICE, made_at="",
     )  # fmt: skip
     write_model(out / "statistics.json", record)
     return out

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from publisher.protocol import SMOKE_VERSION
 from publisher.schema import (
     BuildInputs,
     Check,
@@ -160,7 +161,7 @@ def seal(project: Project, id: str, rows: list[tuple[str, str, list[int], str]] 
 def write_smoke(project: Project, id: str, weights: str, passed: bool = True) -> None:
     checks = [Check(name="divergence", passed=passed, detail="0.02 nats, ceiling 0.1")]
     smoke = Smoke(
-        version=1, weights_hash=weights, base_hash=SHA, settings="x", ceiling=0.1, passed=passed, kld=0.02,
+        version=SMOKE_VERSION, weights_hash=weights, base_hash=SHA, settings="x", ceiling=0.1, passed=passed, kld=0.02,
         kld_tokens=512, checks=checks, samples=[], device=DEVICE, measured_at="2026-01-01T00:00:00Z",
     )  # fmt: skip
     write_model(project.store.results(weights) / "smoke.json", smoke)
