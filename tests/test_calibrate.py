@@ -81,14 +81,16 @@ def test_moments_are_those_of_the_inputs(base, collected):
     weights = Weights(base)
     x = weights.linear(EMBED).rows(tokens).reshape(-1, 64)
     x = mx.fast.rms_norm(x, weights.array(LAYER + "0.input_layernorm.weight"), 1e-6)
-    x = np.array(x, np.float64)
+    x = np.array(x.astype(mx.float32), np.float64)
     module = LAYER + "0.linear_attn.in_proj_b"
-    np.testing.assert_allclose(collected.hessian(module), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(collected.second(module), (x**2).mean(0), rtol=1e-4)
+    own = weights.dtype == mx.float32  # else a GPU's bfloat16, rounded once more here
+    rtol, atol = (1e-4, 1e-5) if own else (0.01, 0.005)
+    np.testing.assert_allclose(collected.hessian(module), x.T @ x / len(x), rtol=rtol, atol=atol)
+    np.testing.assert_allclose(collected.second(module), (x**2).mean(0), rtol=rtol)
     assert collected.tokens(module) == len(x) == 6 * 48
     model = load(base)
-    final = np.array(mx.concatenate([model.hidden(mx.array([w])) for w in windows()]).reshape(-1, 64), np.float64)
-    np.testing.assert_allclose(collected.second(HEAD), (final**2).mean(0), rtol=1e-3)
+    final = mx.concatenate([model.hidden(mx.array([w])) for w in windows()]).reshape(-1, 64).astype(mx.float32)
+    np.testing.assert_allclose(collected.second(HEAD), (np.array(final) ** 2).mean(0), rtol=1e-3 if own else 0.05)
 
 
 def test_the_diagonal_of_a_hessian_is_the_second_moment(collected):
@@ -188,7 +190,7 @@ def true_kld(base: Path, tokens: list[list[int]], module: str, delta: np.ndarray
         text = TextModel(weights.config, weights)
         return text.logits(text.hidden(mx.array(tokens), make_cache(weights.config))).flatten(0, 1)
 
-    return float(kld(logits(Weights(base)), logits(Changed(base))).mean())
+    return float(kld(logits(Weights(base, mx.float32)), logits(Changed(base, mx.float32))).mean())
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def true_kld(base: Path, tokens: list[list[int]], module: str, delta: np.ndarray
 def test_the_predicted_divergence_of_a_small_change_is_the_true_one(tiny, dense, module):
     """Of a dense model: where a small change sends tokens to other experts, no quadratic form holds."""
     module = LAYER + module
-    weight = np.array(Weights(tiny).array(f"{module}.weight"))
+    weight = np.array(Weights(tiny, mx.float32).array(f"{module}.weight"))
     delta = np.random.default_rng(1).normal(0, 0.01 * weight.std(), weight.shape).astype(np.float32)
     true = true_kld(tiny, text_windows(tiny), module, delta)
     assert dense.predicted_kld(module, delta) == pytest.approx(true, rel=0.3)
@@ -206,14 +208,14 @@ def test_the_predicted_divergence_of_a_small_change_is_the_true_one(tiny, dense,
 
 
 def test_the_output_matrix_has_the_exact_fisher(base, collected):
-    weight = np.array(Weights(base).array(f"{HEAD}.weight"))
+    weight = np.array(Weights(base, mx.float32).array(f"{HEAD}.weight"))
     delta = np.random.default_rng(2).normal(0, 0.01 * weight.std(), weight.shape).astype(np.float32)
     assert collected.predicted_kld(HEAD, delta) == pytest.approx(true_kld(base, windows(), HEAD, delta), rel=0.1)
 
 
 def test_the_experts_of_a_layer_are_predicted_together(base, collected):
     module = LAYER + "3.mlp.switch_mlp.down_proj"
-    weight = np.array(Weights(base).array(f"{module}.weight"))
+    weight = np.array(Weights(base, mx.float32).array(f"{module}.weight"))
     delta = np.random.default_rng(3).normal(0, 0.01 * weight.std(), weight.shape).astype(np.float32)
     assert collected.fisher(module).shape == (8, 64)
     assert collected.predicted_kld(module, delta) == pytest.approx(true_kld(base, windows(), module, delta), rel=0.4)

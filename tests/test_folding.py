@@ -39,7 +39,7 @@ def test_a_reader_times_the_stored_norm_is_a_reader_times_the_norm_as_it_is(tiny
     )
     folds = undo_rounded_norms(j.plans, j.folds, qwen3_5.READERS)
     (done,) = convert([replace(j, folds=folds)])
-    exact, stored = Weights(tiny), Weights(done.folder)
+    exact, stored = Weights(tiny, mx.float32), Weights(done.folder, mx.float32)
     for norm, readers in READERS.items():
         whole, rounded = (np.array(w.array(f"{norm}.weight")).astype(np.float64) for w in (exact, stored))
         assert np.allclose(whole, rounded, rtol=0.1) != (scaled and "layernorm" in norm)  # AWQ moved it
@@ -94,7 +94,8 @@ def test_queries_and_keys_are_rounded_to_the_products_that_a_score_sees(tiny, tm
     names = [f"{LAYERS}3.self_attn.{n}.weight" for n in ("q_norm", "k_norm")]
     assert set(folds) == set(names)
     (q, k), (q1, k1) = (
-        [np.array(w.array(n)).astype(np.float64) for n in names] for w in (Weights(tiny), Weights(done.folder))
+        [np.array(w.array(n)).astype(np.float64) for n in names]
+        for w in (Weights(tiny, mx.float32), Weights(done.folder, mx.float32))
     )
     assert np.abs(np.log(q1 / q)).max() < 0.36  # half an octave at most
     still = slice(rotary, None)

@@ -16,7 +16,7 @@ from llama_checkpoints import write_llama
 
 import inference.kernels
 from inference import norm_kernel
-from inference.backend import mx
+from inference.backend import BACKEND, mx
 from inference.errors import InputError
 from inference.kernels import kernel
 from inference.load import load
@@ -72,6 +72,7 @@ SIDE_BY_SIDE = """
         vector<thread> threads_;
         for (int i_ = 0; i_ < size_; ++i_) threads_.emplace_back([=] { at(x_, y_, z_, size_, i_); one(NAMES); });
         for (auto& t_ : threads_) t_.join();
+        together = nullptr;  // which outlives what it pointed to
 """
 DRIVER = """
 extern "C" void all(int groups_, int ys_, int zs_, int size_, ARGUMENTS) {
@@ -143,8 +144,9 @@ class Emulator:
 
 def compile_cpp(*arguments):
     flags = ["-std=c++20", "-O1", "-pthread", "-fPIC", "-Werror=all"]
-    flags += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable"]
-    subprocess.run([str(COMPILER), *flags, *map(str, arguments)], check=True, capture_output=True, text=True)
+    flags += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable", "-Wno-unused-but-set-variable"]
+    done = subprocess.run([str(COMPILER), *flags, *map(str, arguments)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def prelude(folder):
@@ -263,6 +265,7 @@ def test_one_norm_serves_weights_of_two_types(emulated):
 # ------------------------------------------------------------------------------------------------ decode
 
 
+@pytest.mark.skipif(BACKEND != "cpu", reason="a step that MLX compiles cannot run what stands in for a kernel here")
 @needs_compiler
 @pytest.mark.parametrize(
     ("emulated", "family", "compute"),

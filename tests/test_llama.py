@@ -158,7 +158,7 @@ def test_mlx_lm_loads_it_strictly_and_computes_the_same(kind, format, bases, tmp
     theirs, _ = load_model(folder, strict=True)
     theirs.set_dtype(mx.float32)
     ids = mx.array(np.random.RandomState(1).randint(0, 256, (1, 80)))
-    want, got = theirs(ids).astype(mx.float32), load(folder).forward(ids).astype(mx.float32)
+    want, got = theirs(ids), load(folder, mx.float32).forward(ids)
     spread = float(want.max() - want.min())
     assert spread > 1
     assert float(mx.abs(got - want).max()) < 1e-4 * spread
@@ -250,7 +250,7 @@ def test_a_folded_model_computes_what_the_original_computes(kind, bases, tmp_pat
     job = Job("v", unquantized(plans), tmp_path / "staging", base, checkpoint.config, scales)
     (done,) = convert([job])
     ids = mx.array([[5, 200, 17, 31, 8, 77, 140, 3]])
-    want, got = (load(f).forward(ids).astype(mx.float32) for f in (base, done.folder))
+    want, got = (load(f, mx.float32).forward(ids) for f in (base, done.folder))
     assert mx.abs(got - want).max().item() < 1e-3 * float(want.max() - want.min())
 
 
@@ -393,5 +393,5 @@ def test_mlx_lm_reads_what_was_built(project, publish):
     theirs, _ = load_model(folder, strict=True)
     theirs.set_dtype(mx.float32)
     ids = mx.array([[(7 * i * i + 3 * i) % 4000 + 20 for i in range(48)]])
-    want, got = theirs(ids).astype(mx.float32), load(folder).forward(ids).astype(mx.float32)
+    want, got = theirs(ids), load(folder, mx.float32).forward(ids)
     assert float(mx.abs(got - want).max()) < 1e-4 * float(want.max() - want.min())

@@ -1,7 +1,7 @@
 """What is built loads in the published mlx-lm, strictly, and computes there what this engine computes.
 
-Both compute in float32 on the CPU: mlx-lm would take bfloat16, whose rounding (2⁻⁸) hides differences of the layout, so
-its parameters are cast after loading; codes stay as they are stored.
+Both compute in float32: bfloat16, whose rounding (2⁻⁸) hides differences of the layout, is what mlx-lm would take anywhere
+and this engine on a GPU. mlx-lm's parameters are cast after loading; codes stay as they are stored.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def assert_agrees(folder: Path) -> None:
 
     theirs, _ = load_model(folder, strict=True)
     theirs.set_dtype(mx.float32)
-    ours = load(folder)
+    ours = load(folder, mx.float32)
     tokens = mx.array(TOKENS)
-    want, got = theirs(tokens).astype(mx.float32), ours.forward(tokens).astype(mx.float32)
+    want, got = theirs(tokens), ours.forward(tokens)
     spread = float(want.max() - want.min())
     assert spread > 1
     assert float(mx.abs(got - want).max()) < TOLERANCE * spread
@@ -107,7 +107,7 @@ def test_mlx_lm_generates_what_this_engine_generates(built):
     folder = built / "build/Q8_K_XL"
     theirs, tokenizer = mlx_load(str(folder))
     theirs.set_dtype(mx.float32)
-    ours = load(folder)
+    ours = load(folder, mx.float32)
     ids = ours.tokenizer.encode("The package manager")
     assert ids == tokenizer.encode("The package manager")
     text = "".join(t.text for t in generate(ours, ids, max_tokens=16, sampling=Sampling(), stop=()))

@@ -188,7 +188,7 @@ def test_columns_of_many_groups_are_kept_in_few_pieces():
 @pytest.mark.parametrize("kind", hard_hessians())
 def test_a_degenerate_hessian_is_factorized(kind):
     hessian = hard_hessians()[kind]
-    damped, order, upper, pivots = hessians.factorize(hessian, 0.02)
+    damped, order, upper, pivots = map(np.array, hessians.factorize(hessian, 0.02))
     assert all(np.isfinite(a).all() for a in (damped, upper, pivots))
     assert (np.diagonal(damped) > 0).all()
     assert (pivots > 0).all()
@@ -207,6 +207,7 @@ def test_a_hessian_is_factorized_on_the_device_as_on_the_host(monkeypatch, kind,
     """What a GPU does, in float32 by blocks, against float64."""
     monkeypatch.setattr(hessians, "FACTOR_BLOCK", block)
     hessian = hard_hessians()[kind]
+    monkeypatch.setattr(hessians, "BACKEND", "cpu")
     host = hessians.factorize(hessian, 0.02)
     monkeypatch.setattr(hessians, "BACKEND", "cuda")
     device = hessians.factorize(hessian, 0.02)
@@ -227,6 +228,7 @@ def test_a_hessian_is_factorized_on_the_device_as_on_the_host(monkeypatch, kind,
 def test_a_hessian_that_is_not_definite_is_damped_more_on_the_device(monkeypatch):
     hessian = np.ones((64, 64), np.float32)
     hessian[0, 1] = hessian[1, 0] = -3.0
+    monkeypatch.setattr(hessians, "BACKEND", "cpu")
     host = hessians.factorize(hessian, 0.02)
     monkeypatch.setattr(hessians, "BACKEND", "cuda")
     monkeypatch.setattr(hessians, "FACTOR_BLOCK", 16)

@@ -177,7 +177,7 @@ class MoE:
             return self._apply(x[:, None, None], experts)[:, :, 0]
         flat = experts.reshape(-1)
         sorting = Sorting.of(flat, self.experts)
-        y = self._apply(x[sorting.order // k][:, None], flat[sorting.order], sorting)[:, 0]
+        y = self._apply(sorting.spread(x, k)[:, None], flat[sorting.order], sorting)[:, 0]
         return y[mx.argsort(sorting.order)].reshape(n, k, -1)
 
     def _apply(self, x: mx.array, experts: mx.array, sorting: Sorting | None = None) -> mx.array:
