@@ -6,9 +6,9 @@ Delta rule, float32, heads as the shape has them: by chunks against token by tok
 end, with keys that repeat, and split at random points. Model, random weights: the compiled step of one token, with the
 kernels that this process decodes by, against whole forward passes: largest difference of a logit, and whether both choose
 the same token, in the type that the device computes in and in float32. Then the last logits of a batch whose shorter prompts
-are padded, against those of each prompt by itself; where there are experts, also how many tokens were routed otherwise in
-any layer: two experts with nearly the same score change places for the last bits of a sum, and another expert is another
-function. PUBLISH_KERNELS=custom ends with what is wrong with a kernel; plain keeps to MLX's own operations.
+are padded, against those of each prompt by itself; where there are experts, also how many choices, of a token in a layer,
+fell otherwise: two experts with nearly the same score change places for the last bits of a sum, and another expert is
+another function. PUBLISH_KERNELS=custom ends with what is wrong with a kernel; plain keeps to MLX's own operations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from inference.qwen3_5.model import MoE
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 129, 1000)
 PROMPT, STEPS = 200, 16  # tokens
-SHORTER = (65, 20, 7)  # with experts, each takes another of the ways to multiply rows by their own matrices
+SHORTER = (65, 20, 7)  # few rows are multiplied by other ways than many, and so are rows of experts
 
 
 def main() -> None:

@@ -165,9 +165,9 @@ def _row_by_row(x: mx.array) -> mx.array:
 
     An axis put in by `[:, None]` has stride 1. The kernels of a sorted `gather_mm` take it for the distance between rows
     (ml-explore/mlx#4253: Metal's until 0.32.1, CUDA's in 0.32.4): all but the first row of each expert come out wrong.
-    `contiguous` keeps these strides, as nothing is out of order.
+    `contiguous` of the whole keeps these strides, as nothing is out of order.
     """
-    return x.reshape(-1, x.shape[-1]).reshape(-1, 1, x.shape[-1])
+    return mx.contiguous(x.reshape(-1, x.shape[-1])).reshape(-1, 1, x.shape[-1])
 
 
 def _plus(y: mx.array, bias: mx.array | None) -> mx.array:

@@ -42,7 +42,8 @@ from inference.errors import CheckpointError, InputError
 
 # What the arrays mean; bump it, with the reason, when the same text would give others.
 # 1: second moments, Hessians, fisher with sampled labels
-# 2: on CUDA experts with many more tokens than others had read other rows than their own
+# 2: on CUDA all experts of a batch in which one had many more tokens than others had read rows of other tokens; gradients of
+#    a token's experts are added in their own order
 STATISTICS_VERSION = 2
 EMBEDDING = "fisher-embed.safetensors"
 BLOCK = 512  # rows of a Hessian stored together

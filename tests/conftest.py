@@ -29,6 +29,8 @@ from huggingface_hub import set_client_factory
 from huggingface_hub.utils import _http
 from variant_folder import make_project, make_variant
 
+# before a test imports mlx_lm, which loads MLX: this chooses the kernels of the BLAS, and with them the last bits
+import inference.backend  # noqa: F401
 from publisher.localhub import LocalHub
 
 EXAMPLE = Path(__file__).parents[1] / "examples/tiny"

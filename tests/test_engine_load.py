@@ -111,28 +111,54 @@ def test_a_row_for_several_experts_gets_the_sum_of_what_comes_back_from_each():
     assert mx.array_equal(rows, mx.repeat(x, 3, axis=0)[sorting.order])
     each = mx.zeros((150, 16))
     each[sorting.order] = back[0]
-    assert mx.allclose(grad, each.reshape(50, 3, 16).sum(axis=1), atol=1e-6)
+    assert mx.array_equal(grad, each.reshape(50, 3, 16).sum(axis=1))  # an index' derivative differs in last bits
 
 
 def test_sorted_rows_are_handed_over_with_the_strides_of_rows(monkeypatch):
     """A view's axis of stride 1 makes kernels of a sorted product read other rows (ml-explore/mlx#4253): CUDA's to this day."""
-    strides, gather_mm = [], mx.gather_mm
+    strides, gather_mm = {}, mx.gather_mm
 
-    def recorded(x, *args, **options):
+    def noted(what, x):
         mx.eval(x)
-        strides.append(memoryview(x).strides)
-        return gather_mm(x, *args, **options)
+        strides[what] = memoryview(x).strides
+        return x
+
+    def recorded(x, weight, **options):
+        @mx.custom_function
+        def product(x):
+            return gather_mm(noted("forwards", x), weight, **options)
+
+        @product.vjp
+        def _(x, cotangent, _):
+            return gather_mm(noted("back", cotangent), weight.swapaxes(-1, -2), **options)
+
+        return product(x)
 
     monkeypatch.setattr(mx, "gather_mm", recorded)
     monkeypatch.setattr(linear, "UNPACK_ROWS", None)  # rows by expert, but no places
     dense, experts, rows = Dense(mx.random.normal((3, 5, 16))), mx.array([2, 0, 0, 1, 0]), mx.random.normal((5, 16))
-    sorting = Sorting.of(experts, 3)
-    x = rows[sorting.order][:, None]
-    mx.eval(x)
-    assert memoryview(x).strides[1] == 4  # what would be read as the distance of two rows
-    y = dense.gather(x, experts[sorting.order], sorting)[:, 0]
-    assert strides == [(64, 64, 4)]
-    assert mx.allclose(y[mx.argsort(sorting.order)], (dense.weight[experts] @ rows[..., None])[..., 0], atol=1e-5)
+    sorting, back = Sorting.of(experts, 3), [mx.random.normal((5, 5))]
+    view = rows[sorting.order][:, None]
+    mx.eval(view)
+    assert memoryview(view).strides[1] == 4  # what would be read as the distance of two rows
+
+    def by_expert(x):
+        return dense.gather(x[sorting.order][:, None], experts[sorting.order], sorting)[:, 0][mx.argsort(sorting.order)]
+
+    got = mx.vjp(by_expert, [rows], back)
+    assert strides == {"forwards": (64, 64, 4), "back": (20, 20, 4)}
+    expected = mx.vjp(lambda x: (dense.weight[experts] @ x[..., None])[..., 0], [rows], back)
+    for a, b in zip(got, expected, strict=True):
+        assert mx.allclose(a[0], b[0], atol=1e-5)
+
+
+def test_a_mixture_of_experts_adds_gradients_in_the_order_of_experts(moe, monkeypatch):
+    """Statistics of a run that was killed are those of one that was not, on a GPU too."""
+    asked, spread = [], Sorting.spread
+    monkeypatch.setattr(Sorting, "spread", lambda self, x, k: asked.append(x.shape) or spread(self, x, k))
+    model = load(moe)
+    mx.eval(model.forward(mx.array([IDS])))
+    assert asked == [(len(IDS), 64)] * len(model.config.layer_types)
 
 
 def test_original_layout_gives_the_same_logits(moe, tmp_path):
@@ -155,7 +181,8 @@ def test_tied_embedding_serves_as_head(moe, tmp_path):
     edit_config(folder, lambda c: c["text_config"].update(tie_word_embeddings=True))
     edit_tensors(folder, lambda t: [t.pop(f"language_model.lm_head.{x}") for x in ("weight", "scales", "biases")])
     model = load(folder, mx.float32)
-    assert mx.abs(model.forward(mx.array([IDS])) - mlx_lm_logits(folder, IDS)).max().item() <= 2e-3  # of 17
+    tolerance = 1e-3 if BACKEND == "cpu" else 2e-3  # logits reach 17
+    assert mx.abs(model.forward(mx.array([IDS])) - mlx_lm_logits(folder, IDS)).max().item() <= tolerance
 
 
 def drop(name):
