@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,17 @@ from inference.blocks import rms_norm
 from inference.checkpoint import QuantSpec
 from inference.divergence import compare
 from inference.families import family_of
-from inference.linear import Dense, Linear
 from inference.load import Weights, hidden_states_of
+from inference.taps import Reading, Recorder, TappedWeights
 from inference.tokenizer import Tokenizer
+from publisher.evaluate_corpora import Window, text_corpus
+from publisher.source import read_source
 from quant.hessians import damping, factor_of, factorize
 from quant.sample import restored
 from quant.solve import Moments, solve
+from quant.sums import Sums
 
 CONTEXT, BATCH = 512, 4  # tokens of a window, windows at once
-# matrices of a layer in the order of what they read; of those with one input, the first is listened to
-STAGES = (
-    (("q_proj", "k_proj", "v_proj"), ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")),
-    (("o_proj",), ("out_proj",)),
-    (("gate_proj", "up_proj"),),
-    (("down_proj",),),
-)
 
 
 def main() -> None:
@@ -56,12 +51,10 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.base)
 
-    def windows(path: Path, count: int) -> list[mx.array]:
-        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
-        whole = [ids[i : i + CONTEXT] for i in range(0, len(ids) - CONTEXT + 1, CONTEXT)][:count]
-        return [mx.array(whole[i : i + BATCH]) for i in range(0, len(whole), BATCH)]
+    def windows(path: Path, count: int) -> list[Window]:
+        return list(text_corpus(read_source(path, str(path), ""), tokenizer, count, CONTEXT).windows)
 
-    calibration = windows(args.calibration, args.tokens // CONTEXT)
+    calibration = batches(windows(args.calibration, args.tokens // CONTEXT))
     judge = Judge(args.base, windows(args.text, args.windows))
     out: dict[str, Any] = {
         "device": asdict(device_info()), "base": args.base.name, "tokens": args.tokens, "windows": args.windows, "rows": [],
@@ -86,38 +79,14 @@ def main() -> None:
 
 
 class Changed(Weights):
-    """A base, some of whose matrices are what quantizing leaves of them. sums: Hessians of what is read meanwhile."""
+    """A base, some of whose matrices are what quantizing leaves of them."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, mx.float32)
         self.changed: dict[str, mx.array] = {}
-        self.sums: dict[str, mx.array] | None = None
 
     def array(self, name: str) -> mx.array:
         return self.changed[name] if name in self.changed else super().array(name)
-
-    def linear(self, module: str) -> Linear:
-        found = super().linear(module)
-        assert isinstance(found, Dense)
-        return found if self.sums is None else Tap(found.weight, found.bias, module, self.sums)
-
-
-class Tap(Dense):
-    """A matrix that adds up x xᵀ of what it reads, [K, K]."""
-
-    __slots__ = ("module", "sums")
-
-    def __init__(self, weight: mx.array, bias: mx.array | None, module: str, sums: dict[str, mx.array]) -> None:
-        super().__init__(weight, bias)
-        object.__setattr__(self, "module", module)
-        object.__setattr__(self, "sums", sums)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if self.module.rpartition(".")[2] in {group[0] for stage in STAGES for group in stage}:
-            flat = x.reshape(-1, x.shape[-1])
-            before = self.sums.get(self.module)
-            self.sums[self.module] = flat.T @ flat if before is None else before + flat.T @ flat
-        return super().__call__(x)
 
 
 def quantized(base: Path, batches: list[mx.array], spec: QuantSpec, follow: bool) -> Changed:
@@ -125,48 +94,45 @@ def quantized(base: Path, batches: list[mx.array], spec: QuantSpec, follow: bool
     weights = Changed(base)
     family = importlib.import_module(f"inference.{family_of(weights.raw_config)}.model")
     model, cfg = family.TextModel, weights.config
-    tokens = sum(b.size for b in batches)
     states = [weights.linear(f"{model.prefix}embed_tokens").rows(b) for b in batches]
-    for i in range(cfg.num_hidden_layers):
-        for stage in STAGES if follow else (sum(STAGES, ()),):
-            weights.sums = {}
-            for _ in passed(family, weights, i, states):
-                mx.eval(list(weights.sums.values()))
-            members = {group[0]: group for group in stage}
-            sums = {m: h for m, h in weights.sums.items() if m.rpartition(".")[2] in members}
-            weights.sums = None
-            if not follow:  # before anything of this layer changes
-                after = list(passed(family, weights, i, states))
-            for first, total in sums.items():
-                parent, _, name = first.rpartition(".")
-                change(weights, [f"{parent}.{n}" for n in members[name]], total, tokens, spec)
-        states = list(passed(family, weights, i, states)) if follow else after
+    for i, entry in enumerate(family.make_cache(cfg).layers):
+        after, sums = passed(model, weights, i, type(entry), states)
+        for stage in range(len(sums)):
+            change(weights, sums[stage], spec)
+            if follow:  # all that comes after it reads something else now
+                after, sums = passed(model, weights, i, type(entry), states)
+        states = after
         print(f"layer {i}", end="\r", flush=True)
-    head = model.output if not cfg.tie_word_embeddings else None
-    if head:
-        norm, hessian = weights.array(f"{model.prefix}norm.weight"), 0
+    if not cfg.tie_word_embeddings:
+        norm, head = weights.array(f"{model.prefix}norm.weight"), Sums([model.output], cfg.hidden_size, None, "one")
         for x in states:
-            flat = rms_norm(x, norm, cfg.rms_norm_eps).reshape(-1, x.shape[-1])
-            hessian = hessian + flat.T @ flat
-            mx.eval(hessian)
-        change(weights, [head], hessian, tokens, spec)
+            head.add(Reading(rms_norm(x, norm, cfg.rms_norm_eps), None))
+        change(weights, head, spec)
     return weights
 
 
-def passed(family: Any, weights: Changed, i: int, states: list[mx.array]) -> Iterator[mx.array]:
-    """What leaves layer i, a batch at a time."""
-    layer = family.TextModel.make_layer(weights.config, i, weights)
-    kind = type(family.make_cache(weights.config).layers[i])
+def passed(
+    model: Any, weights: Changed, i: int, memory: type, states: list[mx.array]
+) -> tuple[list[mx.array], list[Sums]]:
+    """What leaves layer i, and what its matrices read, in the order of their calls."""
+    recorder, out, sums = Recorder(), [], {}
+    layer = model.make_layer(weights.config, i, TappedWeights(weights, recorder))
     for x in states:
-        y = layer(x, kind())
-        mx.eval(y)
-        yield y
+        recorder.reset()
+        out.append(layer(x, memory()))
+        for reading in recorder.readings:
+            if reading.name not in sums:
+                sums[reading.name] = Sums(reading.modules, reading.x.shape[-1], None, "one")
+            sums[reading.name].add(reading)
+        mx.eval(out[-1])
+    return out, list(sums.values())
 
 
-def change(weights: Changed, modules: list[str], total: Any, tokens: int, spec: QuantSpec) -> None:
-    hessian = np.array(total) / tokens
+def change(weights: Changed, read: Sums, spec: QuantSpec) -> None:
+    tokens = int(read.counts[0])
+    hessian = np.array(read.hessians[0]) / tokens
     factor = factor_of([factorize(hessian, damping(len(hessian), tokens))])
-    for module in modules:
+    for module in read.modules:
         w = weights.array(f"{module}.weight").astype(mx.bfloat16)
         packed = solve(w, Moments(np.diagonal(hessian).copy(), factor), spec, "gptq")
         weights.changed[f"{module}.weight"] = restored(packed, spec)
@@ -176,21 +142,22 @@ def change(weights: Changed, modules: list[str], total: Any, tokens: int, spec: 
 class Judge:
     """Mean divergence of each window from the base."""
 
-    def __init__(self, base: Path, batches: list[mx.array]) -> None:
-        self.batches, self.base = batches, Weights(base, mx.float32)
-        self.head, self.hidden = self.base.head(), hidden_states_of(self.base, batches)
+    def __init__(self, base: Path, windows: list[Window]) -> None:
+        self.windows, self.base = windows, Weights(base, mx.float32)
+        self.head, self.hidden = self.base.head(), self.states(self.base)
+
+    def states(self, weights: Weights) -> list[mx.array]:
+        """Of every window, the positions that are scored."""
+        found = mx.concatenate(hidden_states_of(weights, batches(self.windows)))
+        return [x[mx.array(w.scored)] for x, w in zip(found, self.windows, strict=True)]
 
     def __call__(self, weights: Weights) -> np.ndarray:
-        head, out = weights.head(), []
-        for tokens, ours, theirs in zip(
-            self.batches, hidden_states_of(weights, self.batches), self.hidden, strict=True
-        ):
-            for row in range(len(tokens)):
-                scored = slice(CONTEXT // 2, CONTEXT - 1)
-                want = tokens[row, CONTEXT // 2 + 1 :].tolist()
-                found = compare(theirs[row, scored], self.head, ours[row, scored], head, want)
-                out.append(found.kld.mean())
-        return np.array(out)
+        head, pairs = weights.head(), zip(self.hidden, self.states(weights), self.windows, strict=True)
+        return np.array([compare(a, self.head, b, head, w.targets).kld.mean() for a, b, w in pairs])
+
+
+def batches(windows: list[Window]) -> list[mx.array]:
+    return [mx.array([w.tokens for w in windows[i : i + BATCH]]) for i in range(0, len(windows), BATCH)]
 
 
 if __name__ == "__main__":
